@@ -1,0 +1,31 @@
+"""Argument checks: what a constructor is given is checked once, and the error names the argument and the value."""
+
+import math
+
+
+def duration(name: str, value: float, *, zero: bool = False) -> float:
+    """Return `value` in seconds as a float; it must be finite and positive (or zero, where `zero` allows it)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number of seconds, not {value!r}")
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        least = "zero or more" if zero else "more than zero"
+        raise ValueError(f"{name} must be finite and {least} seconds, not {value!r}")
+    return float(value)
+
+
+def count(name: str, value: int, *, minimum: int = 1) -> int:
+    """Return `value`, a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, not {value!r}")
+    return value
+
+
+def ratio(name: str, value: float) -> float:
+    """Return `value` as a float more than 0 and at most 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} must be more than 0 and at most 1, not {value!r}")
+    return float(value)

@@ -1,0 +1,22 @@
+"""The clocks: the only place in meshkit that reads the time.
+
+The event loop is the clock. A loop with virtual time (`meshkit.testing`, or anyone's) is therefore obeyed by
+every utility, and what a utility measures can never disagree with how long it sleeps.
+"""
+
+import time
+from asyncio import (
+    _get_running_loop as running_loop,  # pyright: ignore[reportPrivateUsage]  # documented; None where none runs
+)
+
+
+def now() -> float:
+    """Return monotonic seconds: the running loop's `time()`, or `time.monotonic()` where no loop runs."""
+    loop = running_loop()
+    return time.monotonic() if loop is None else loop.time()
+
+
+def wall() -> float:
+    """Return seconds since the Unix epoch: what a virtual-time loop says (`wall_time()`), else `time.time()`."""
+    wall_time = getattr(running_loop(), "wall_time", None)
+    return time.time() if wall_time is None else float(wall_time())

@@ -1,0 +1,340 @@
+"""The errors of meshkit, by what the caller may do next.
+
+    MeshkitError
+    ├─ Refused          it did not start: safe to try again, after `retry_after` seconds where that is known
+    ├─ OutcomeUnknown   it may have happened: try again only what is idempotent
+    ├─ RemoteError      it ran and failed there: `code` and `retryable` say more
+    ├─ Untrusted        the bytes did not prove themselves: never try again
+    └─ Closed           you used it after closing it
+
+Every error is built from data, which it keeps as attributes, and writes its own sentence from them only when it
+is printed; so a refusal costs no formatting. `executed` says whether the work ran: "no", "maybe" or "yes".
+Errors pickle and copy with their notes and their `__cause__`.
+
+>>> error = RateLimited(name="login", key="bob", max_count=5, window=60.0, retry_after=12.5)
+>>> print(error)
+login: 'bob' has used all 5 admissions of the last 60 s; try again in 12.5 s
+>>> error.executed, isinstance(error, Refused)
+('no', True)
+"""
+
+import pickle
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias
+
+__all__ = [
+    "BadSeal",
+    "BadSignature",
+    "BatchFull",
+    "BulkheadFull",
+    "CallTimeout",
+    "CircuitOpen",
+    "Closed",
+    "Draining",
+    "Executed",
+    "MalformedFrame",
+    "MeshkitError",
+    "NoHandler",
+    "NoQuorum",
+    "OutcomeUnknown",
+    "Overloaded",
+    "PeerLost",
+    "RateLimited",
+    "Refused",
+    "RemoteError",
+    "Replayed",
+    "Stale",
+    "TooManyKeys",
+    "UnknownSender",
+    "UnknownVoter",
+    "Unreachable",
+    "Untrusted",
+]
+
+Executed: TypeAlias = Literal["no", "maybe", "yes"]
+"""Whether the work behind an error ran."""
+
+
+@dataclass(eq=False, kw_only=True)
+class MeshkitError(Exception):
+    """The base of everything that meshkit raises on purpose, except `ValueError` and `TypeError` for bad arguments."""
+
+    executed: ClassVar[Executed] = "no"
+
+    def __str__(self) -> str:
+        return self._sentence()
+
+    def _sentence(self) -> str:
+        return (type(self).__doc__ or type(self).__name__).partition("\n")[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (type(self), self.__dict__, _portable(self.__cause__), self.__suppress_context__)
+
+
+def _restore(
+    kind: type[MeshkitError], state: dict[str, Any], cause: BaseException | None, suppress: bool
+) -> MeshkitError:
+    error = kind.__new__(kind)
+    error.__dict__.update(state)
+    error.__cause__ = cause
+    error.__suppress_context__ = suppress
+    return error
+
+
+def _portable(cause: BaseException | None) -> BaseException | None:
+    """Return `cause` if it survives pickling, else a stand-in: an error must travel even if its cause cannot."""
+    try:
+        pickle.loads(pickle.dumps(cause))  # noqa: S301 - our own bytes, made on this line
+    except Exception:  # noqa: BLE001 - anything may go wrong in somebody's __reduce__, and none of it matters here
+        return RuntimeError(f"{type(cause).__name__}: {cause}")
+    return cause
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3g} s" if value < 1000 else f"{value:.0f} s"
+
+
+# --- Refused: it did not start -----------------------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True)
+class Refused(MeshkitError):
+    """It did not start; it is safe to try again. `retry_after` is in seconds, None where nobody knows."""
+
+    retry_after: float | None = None
+
+    def __str__(self) -> str:
+        hint = "" if self.retry_after is None else f"; try again in {_seconds(self.retry_after)}"
+        return self._sentence() + hint
+
+
+@dataclass(eq=False, kw_only=True)
+class RateLimited(Refused):
+    """The key has used up its admissions for now."""
+
+    name: str
+    key: object
+    max_count: int
+    window: float
+
+    def _sentence(self) -> str:
+        return f"{self.name}: {self.key!r} has used all {self.max_count} admissions of the last {_seconds(self.window)}"
+
+
+@dataclass(eq=False, kw_only=True)
+class CircuitOpen(Refused):
+    """The circuit breaker is not letting calls through."""
+
+    name: str
+    state: str
+
+    def _sentence(self) -> str:
+        return f"{self.name}: the circuit is {self.state}, the call was not made"
+
+
+@dataclass(eq=False, kw_only=True)
+class BulkheadFull(Refused):
+    """Every slot of the bulkhead is taken, and so is every place in its queue."""
+
+    name: str
+    max_concurrent: int
+    max_queue: int
+
+    def _sentence(self) -> str:
+        return f"{self.name}: {self.max_concurrent} calls are running and {self.max_queue} are waiting already"
+
+
+@dataclass(eq=False, kw_only=True)
+class BatchFull(Refused):
+    """The batch collector has as many unflushed items as it may hold."""
+
+    name: str
+    max_pending: int
+
+    def _sentence(self) -> str:
+        return f"{self.name}: {self.max_pending} items are waiting to be flushed; flushing is slower than adding"
+
+
+@dataclass(eq=False, kw_only=True)
+class TooManyKeys(Refused):
+    """A new key was refused because every key that is remembered is still needed."""
+
+    name: str
+    key: object
+    max_keys: int
+
+    def _sentence(self) -> str:
+        return f"{self.name}: no room for {self.key!r}, all {self.max_keys} keys are in use; raise max_keys"
+
+
+@dataclass(eq=False, kw_only=True)
+class Unreachable(Refused):
+    """There is no way to the node."""
+
+    node: str
+    reason: str = "not connected"
+
+    def _sentence(self) -> str:
+        return f"node {self.node!r} cannot be reached: {self.reason}"
+
+
+@dataclass(eq=False, kw_only=True)
+class NoHandler(Refused):
+    """Nobody there handles this kind of message."""
+
+    kind: str
+    node: str
+
+    def _sentence(self) -> str:
+        return f"node {self.node!r} has no handler for {self.kind!r}"
+
+
+@dataclass(eq=False, kw_only=True)
+class Overloaded(Refused):
+    """A bounded queue or table is full."""
+
+    name: str
+    limit: int
+
+    def _sentence(self) -> str:
+        return f"{self.name}: full, it holds {self.limit} already"
+
+
+@dataclass(eq=False, kw_only=True)
+class Draining(Refused):
+    """The node is shutting down and takes no new work; another node may."""
+
+    node: str
+
+    def _sentence(self) -> str:
+        return f"node {self.node!r} is draining; ask another one"
+
+
+@dataclass(eq=False, kw_only=True)
+class NoQuorum(Refused):
+    """There are not enough votes, or they do not agree enough, for a result."""
+
+    name: str
+    votes: int
+    threshold: int
+    reason: str = ""
+
+    def _sentence(self) -> str:
+        return f"{self.name}: no quorum, {self.reason or f'{self.votes} of {self.threshold} votes are in'}"
+
+
+@dataclass(eq=False, kw_only=True)
+class UnknownVoter(Refused):
+    """The vote came from somebody who has none."""
+
+    name: str
+    voter: object
+
+    def _sentence(self) -> str:
+        return f"{self.name}: {self.voter!r} is not one of the voters"
+
+
+# --- OutcomeUnknown: it may have happened ------------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True)
+class OutcomeUnknown(MeshkitError):
+    """It may have happened; try again only if doing it twice is harmless."""
+
+    executed: ClassVar[Executed] = "maybe"
+
+
+@dataclass(eq=False, kw_only=True)
+class CallTimeout(OutcomeUnknown, TimeoutError):
+    """No answer came in time. Also a `TimeoutError`."""
+
+    name: str
+    timeout: float
+
+    def _sentence(self) -> str:
+        return f"{self.name}: no result within {_seconds(self.timeout)}; it may still have happened"
+
+
+@dataclass(eq=False, kw_only=True)
+class PeerLost(OutcomeUnknown):
+    """The peer went away while it was asked."""
+
+    node: str
+
+    def _sentence(self) -> str:
+        return f"node {self.node!r} went away before it answered; it may still have happened"
+
+
+# --- RemoteError: it ran and failed there ------------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True)
+class RemoteError(MeshkitError):
+    """It ran on the other node and failed there. The text of the failure stays there, under `correlation_id`."""
+
+    executed: ClassVar[Executed] = "yes"
+
+    node: str
+    kind: str
+    code: str = "internal"
+    retryable: bool = False
+    detail: str = ""
+    correlation_id: str = ""
+
+    def _sentence(self) -> str:
+        detail = f": {self.detail}" if self.detail else ""
+        where = f" (look for {self.correlation_id} in its log)" if self.correlation_id else ""
+        return f"{self.kind!r} failed on node {self.node!r} with code {self.code!r}{detail}{where}"
+
+
+# --- Untrusted: the bytes did not prove themselves ---------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True)
+class Untrusted(MeshkitError):
+    """The bytes did not prove themselves; never retry."""
+
+
+@dataclass(eq=False, kw_only=True)
+class BadSeal(Untrusted):
+    """The sealed bytes could not be opened."""  # constant, whatever was wrong: details would help a forger
+
+
+@dataclass(eq=False, kw_only=True)
+class BadSignature(Untrusted):
+    """The signature does not match the bytes and their sender."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Stale(Untrusted):
+    """The message was stamped outside the window in which it would be accepted."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Replayed(Untrusted):
+    """The message was seen before."""
+
+
+@dataclass(eq=False, kw_only=True)
+class UnknownSender(Untrusted):
+    """The sender is not trusted here."""
+
+
+@dataclass(eq=False, kw_only=True)
+class MalformedFrame(Untrusted):
+    """The bytes are not a frame that this version understands."""
+
+
+# --- Closed ------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False, kw_only=True)
+class Closed(MeshkitError):
+    """It was closed: before the call (`executed` is "no"), or while the call was under way ("maybe")."""
+
+    name: str
+    executed: Executed = "no"  # type: ignore[misc]  # the one kind whose answer depends on when it was closed
+
+    def _sentence(self) -> str:
+        when = "is closed" if self.executed == "no" else "was closed while this call was under way"
+        return f"{self.name} {when}"

@@ -1,0 +1,219 @@
+"""Guards: one shape for everything that guards a call, so that guards compose.
+
+>>> import asyncio
+>>> class Shout(Guard):
+...     async def call(self, fn, /, *args, **kwargs):
+...         return (await fn(*args, **kwargs)).upper()
+>>> @Shout()
+... async def greet(name):
+...     return f"hello {name}"
+>>> asyncio.run(greet("bob"))
+'HELLO BOB'
+"""
+
+import functools
+import inspect
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator
+from typing import Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar
+
+from meshkit import _check
+from meshkit.errors import TooManyKeys
+
+__all__ = ["Guard", "PerKey", "Stack", "stack"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Guard(ABC):
+    """A utility that guards a call: `await guard.call(fn, *args, **kwargs)`, or `@guard` on an async function.
+
+    The decorated function keeps its exact signature. Subclasses implement `call` and say what they are in `kind`.
+    """
+
+    kind: ClassVar[str] = "guard"
+    """What sort of guard this is, for `stack` to judge the order by."""
+
+    @property
+    def time_limit(self) -> float | None:
+        """The longest that one call through this guard may take, in seconds; None if it sets no limit."""
+        return None
+
+    @abstractmethod
+    async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `fn(*args, **kwargs)` under this guard and return its result."""
+
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Callable[P, Coroutine[Any, Any, T]]:
+        """Decorate the async function `fn`: every call of it goes through this guard."""
+        require_async(fn, self)
+        call = self.call
+
+        @functools.wraps(fn)
+        async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+            return await call(fn, *args, **kwargs)
+
+        return guarded
+
+    def describe(self) -> str:
+        """Return one line that says what this guard does, for `Stack.describe`."""
+        return repr(self)
+
+
+def require_async(fn: object, guard: Guard) -> None:
+    """Raise `TypeError` unless `fn` is an async function: what a guard can decorate."""
+    if inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None)):  # noqa: B004 - asks whether calling it is async, not whether it can be called
+        return
+    name = getattr(fn, "__qualname__", repr(fn))
+    raise TypeError(
+        f"@{type(guard).__name__} guards async functions, and {name} is not one: make it `async def`, "
+        "or pass what returns an awaitable to .call()"
+    )
+
+
+class Stack(Guard):
+    """Several guards as one, the outermost first; made by `stack`."""
+
+    kind: ClassVar[str] = "stack"
+
+    def __init__(self, *guards: Guard) -> None:
+        flat = [inner for guard in guards for inner in (guard.guards if isinstance(guard, Stack) else (guard,))]
+        self.guards: tuple[Guard, ...] = tuple(flat)
+        _check_order(self.guards)
+
+    def __repr__(self) -> str:
+        return f"stack({', '.join(map(repr, self.guards))})"
+
+    @property
+    def time_limit(self) -> float | None:
+        """The least of the limits inside."""
+        return min((guard.time_limit for guard in self.guards if guard.time_limit is not None), default=None)
+
+    async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `fn` through every guard, the outermost first."""
+        outermost, *inner = self.guards
+        guarded: Callable[P, Awaitable[T]] = fn
+        for guard in reversed(inner):
+            guarded = functools.partial(guard.call, guarded)
+        return await outermost.call(guarded, *args, **kwargs)
+
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Callable[P, Coroutine[Any, Any, T]]:
+        """Decorate `fn` with every guard, the innermost first."""
+        require_async(fn, self)
+        for guard in reversed(self.guards):
+            fn = guard(fn)
+        return fn
+
+    def describe(self) -> str:
+        """Return the order in which a call passes the guards, one to a line, the outermost first."""
+        lines = [f"{number}. {guard.describe()}" for number, guard in enumerate(self.guards, 1)]
+        return "\n".join([*lines, f"{len(lines) + 1}. your function"])
+
+
+def stack(*guards: Guard) -> Stack:
+    """Make one guard out of many: `stack(outer, ..., inner)`. Nested stacks are flattened.
+
+    A good order for a call to another service: Retrier, RateLimiter, CircuitBreaker, Bulkhead, Timeout.
+
+    Raises:
+        ValueError: The order makes no sense; the message says why and what to do instead.
+    """
+    return Stack(*guards)
+
+
+_NONSENSE = {
+    ("retrier", "retrier"): "their attempts multiply: keep one of them",
+    ("bulkhead", "retrier"): "slots of the Bulkhead would sleep through the retrier's delays: put the Retrier outside",
+    ("hedger", "retrier"): "every hedge would retry by itself: put the Retrier outside",
+    ("hedger", "hedger"): "their copies multiply: keep one of them",
+}
+
+
+def _check_order(guards: tuple[Guard, ...]) -> None:
+    if not guards:
+        raise ValueError("stack() needs at least one guard")
+    for position, inner in enumerate(guards):
+        for outer in guards[:position]:
+            if outer is inner:
+                raise ValueError(f"{inner.describe()} is in the stack twice: a call would pass it twice")
+            reason = _NONSENSE.get((outer.kind, inner.kind))
+            if reason:
+                raise ValueError(f"{outer.describe()} around {inner.describe()}: {reason}")
+            if inner.kind == "timeout" and _exceeds(inner.time_limit, outer.time_limit):
+                raise ValueError(
+                    f"{outer.describe()} around {inner.describe()}: the longer limit inside can never be reached: "
+                    "swap them, or drop the inner one"
+                )
+
+
+def _exceeds(inner: float | None, outer: float | None) -> bool:
+    return inner is not None and outer is not None and inner > outer
+
+
+class _Evictable(Protocol):
+    @property
+    def idle(self) -> bool:
+        """Whether forgetting it now would lose nothing: no call under way, nothing remembered."""
+        ...
+
+
+K = TypeVar("K", bound=Hashable)
+G = TypeVar("G", bound=_Evictable)
+
+
+class PerKey(Generic[K, G]):
+    """One guard per key, made on first use: `breakers = PerKey(lambda peer: CircuitBreaker(...))`, `breakers[peer]`.
+
+    At `max_keys` an idle one, among those not used for longest, makes room for a new key. One that is not idle is
+    never forgotten: a spray of new keys cannot close an open breaker. Where no idle one is found, a new key is
+    refused with `TooManyKeys`.
+
+    Cost: amortised O(1); making room looks at no more than 64 guards, and goes on from there the next time (the
+    CLOCK algorithm, Corbató 1968). Not for use from several threads.
+    """
+
+    MAX_LOOKS = 64
+
+    def __init__(self, make: Callable[[K], G], *, max_keys: int = 10_000, name: str = "per-key") -> None:
+        self._make = make
+        self._max_keys = _check.count("max_keys", max_keys)
+        self._name = name
+        self._guards: OrderedDict[K, G] = OrderedDict()
+
+    def __getitem__(self, key: K) -> G:
+        """Return the guard of `key`, made now if it is the first time.
+
+        Raises:
+            TooManyKeys: `key` is new, and there is no idle guard to forget.
+        """
+        guard = self._guards.get(key)
+        if guard is None:
+            guard = self._make(key)
+            if len(self._guards) >= self._max_keys:
+                self._make_room(key)
+            self._guards[key] = guard
+        else:
+            self._guards.move_to_end(key)
+        return guard
+
+    def _make_room(self, key: K) -> None:
+        for _ in range(min(self.MAX_LOOKS, len(self._guards))):
+            oldest = next(iter(self._guards))
+            if self._guards[oldest].idle:
+                del self._guards[oldest]
+                return
+            self._guards.move_to_end(oldest)
+        raise TooManyKeys(name=self._name, key=key, max_keys=self._max_keys)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._guards
+
+    def __len__(self) -> int:
+        return len(self._guards)
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(list(self._guards))
+
+    def __repr__(self) -> str:
+        return f"PerKey({self._name!r}, keys={len(self._guards)}, max_keys={self._max_keys})"

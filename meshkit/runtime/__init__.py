@@ -1,0 +1,1 @@
+"""The runtime: message routing, request and reply, and the life of services."""

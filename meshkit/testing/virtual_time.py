@@ -1,0 +1,189 @@
+"""Virtual time: an hour of waiting passes in microseconds, and always in the same order.
+
+`VirtualTimeLoop` is an asyncio event loop whose clock jumps to the next timer as soon as nothing else can run.
+Code under test needs no change: `asyncio.sleep`, anyio's scopes and everything in meshkit ask the loop for the
+time. `run` runs a coroutine function on a fresh loop and fails if it leaves anything behind.
+
+>>> import asyncio
+>>> async def main():
+...     await asyncio.sleep(3600)
+...     return asyncio.get_running_loop().time()
+>>> run(main)
+3600.0
+
+What cannot happen in virtual time is refused with an error: threads and sockets. A wait that nothing will
+ever end is a `Deadlock`, raised at once, with the place where every task waits.
+"""
+
+import asyncio
+import math
+import threading
+from asyncio import events
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+__all__ = ["Deadlock", "Leak", "Livelock", "VirtualTimeLoop", "run"]
+
+_T = TypeVar("_T")
+
+MAX_PASSES = 1_000_000
+"""Passes of the loop without the clock moving before it counts as a livelock."""
+
+
+class Deadlock(RuntimeError):
+    """Every task waits, no timer is set: in virtual time nothing will ever happen again."""
+
+
+class Livelock(RuntimeError):
+    """Tasks keep running without the clock ever moving."""
+
+
+class Leak(AssertionError):
+    """The code under test left tasks, timers or unhandled errors behind."""
+
+
+class _Clock:
+    """Stands where a selector stands in other loops: instead of waiting for I/O it moves the time forward."""
+
+    def __init__(self, loop: "VirtualTimeLoop") -> None:
+        self._loop = loop
+        self._passes = 0
+
+    def select(self, timeout: float | None) -> list[Any]:
+        if timeout is None:
+            raise Deadlock("nothing is ready and no timer is set; " + self._loop.where_tasks_wait())
+        if timeout > 0:
+            self._passes = 0
+            self._loop.jump_to_next_timer()
+            return []
+        self._passes += 1
+        if self._passes > MAX_PASSES:
+            self._passes = 0
+            raise Livelock(f"{MAX_PASSES} passes at one instant; " + self._loop.where_tasks_wait())
+        return []
+
+
+class VirtualTimeLoop(asyncio.BaseEventLoop):
+    """An asyncio event loop on virtual time: it starts at 0.0 and jumps from timer to timer.
+
+    Works with `asyncio.Runner(loop_factory=VirtualTimeLoop)`, with pytest-asyncio (request the `virtual_time`
+    fixture) and under anyio. Threads, sockets and subprocesses raise `RuntimeError`: they live in real time.
+    """
+
+    # asyncio keeps timers in `_scheduled` and polls through `_selector`; both are private, and as old as asyncio.
+    # tests/testing/test_virtual_time.py fails on a Python where that changes.
+    _scheduled: list[asyncio.TimerHandle]
+    _clock_resolution: float
+    _thread_id: int | None
+
+    def __init__(self, *, wall_start: float = 1_767_225_600.0) -> None:
+        """`wall_start` is what wall clocks say at the start (default: 2026-01-01 00:00 UTC)."""
+        super().__init__()
+        self._now = 0.0
+        self._wall_start = wall_start
+        self._clock_resolution = 1e-9
+        self._selector = _Clock(self)
+
+    def time(self) -> float:
+        """Return the virtual time in seconds."""
+        return self._now
+
+    def wall_time(self) -> float:
+        """Return the virtual wall clock in seconds since the epoch: what `meshkit` code sees as wall time."""
+        return self._wall_start + self._now
+
+    def jump_to_next_timer(self) -> None:
+        """Move the clock to the earliest timer."""
+        self._now = max(self._now, self._scheduled[0].when())
+        # Late in virtual time a nanosecond is less than the float can hold, and no timer would ever be due.
+        self._clock_resolution = max(1e-9, 2 * math.ulp(self._now))
+
+    def live_timers(self) -> list[asyncio.TimerHandle]:
+        """Return the timers that are set and not cancelled."""
+        return [timer for timer in self._scheduled if not timer.cancelled()]
+
+    def where_tasks_wait(self) -> str:
+        """Describe every unfinished task and the innermost line at which it waits."""
+        tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
+        lines = [f"  {task.get_name()}: {_where(task)}" for task in tasks]
+        return "tasks:\n" + "\n".join(lines) if lines else "there are no tasks"
+
+    def call_soon_threadsafe(  # type: ignore[override]  # typeshed's overloads spell TypeVarTuple arguments
+        self, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> asyncio.Handle:
+        """Schedule `callback`; only the loop's own thread may, since other threads live in real time."""
+        if self._thread_id not in {None, threading.get_ident()}:
+            self._refuse("a call from another thread")
+        return self.call_soon(callback, *args, context=context)
+
+    def _process_events(self, event_list: list[Any]) -> None:
+        """There is no I/O, so there are no events."""
+
+    def _write_to_self(self) -> None:
+        """There is no sleep to wake up from."""
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise RuntimeError(
+            f"{what} takes real time, which a VirtualTimeLoop cannot wait for; "
+            "fake it in this test, or run this test on an ordinary event loop"
+        )
+
+    if not TYPE_CHECKING:  # typeshed knows these by their full signatures, which do not matter to a refusal
+
+        def run_in_executor(self, *_: Any, **__: Any) -> NoReturn:
+            self._refuse("a thread")
+
+        def add_reader(self, *_: Any, **__: Any) -> NoReturn:
+            self._refuse("a socket")
+
+        def add_writer(self, *_: Any, **__: Any) -> NoReturn:
+            self._refuse("a socket")
+
+        async def create_connection(self, *_: Any, **__: Any) -> NoReturn:
+            self._refuse("a connection")
+
+        async def create_server(self, *_: Any, **__: Any) -> NoReturn:
+            self._refuse("a server")
+
+        async def subprocess_exec(self, *_: Any, **__: Any) -> NoReturn:
+            self._refuse("a process")
+
+        async def subprocess_shell(self, *_: Any, **__: Any) -> NoReturn:
+            self._refuse("a process")
+
+
+def _where(task: "asyncio.Task[Any]") -> str:
+    """Describe the innermost place at which `task` is suspended, following what it awaits."""
+    awaited: Any = task.get_coro()
+    place = "not started"
+    while awaited is not None:
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
+        if frame is not None:
+            place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+    return place
+
+
+def run(main: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+    """Run `main()` on a fresh `VirtualTimeLoop` and return its result; fail if it leaves anything behind.
+
+    Raises:
+        Leak: Tasks or timers are left when `main` returns, or an error went to the loop's exception handler.
+        Deadlock: Everything waits and nothing would ever wake it.
+        Livelock: Tasks kept running without the clock moving.
+    """
+    if events._get_running_loop() is not None:
+        raise RuntimeError("run() starts a loop of its own and cannot be called from a running one; await main()")
+    loop = VirtualTimeLoop()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        unhandled: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _, context: unhandled.append(context))
+        result = runner.run(main())
+        tasks = asyncio.all_tasks(loop)
+        left = [f"task {task.get_name()} at {_where(task)}" for task in tasks]
+        left += [f"timer {timer!r}" for timer in loop.live_timers()]
+        left += [f"unhandled error: {context!r}" for context in unhandled]
+        if left:
+            errors = [context["exception"] for context in unhandled if "exception" in context]
+            raise Leak("left behind:\n  " + "\n  ".join(left)) from (errors[0] if errors else None)
+        return result

@@ -1,0 +1,27 @@
+"""What every test of the project runs on: virtual time (but for those marked `real_time`), nothing left behind."""
+
+import asyncio
+import inspect
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=100, print_blob=True)
+settings.register_profile("deep", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ci")
+
+
+@pytest.fixture
+async def no_task_is_left() -> AsyncIterator[None]:
+    yield
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not left, f"the test left tasks behind: {left}"
+
+
+@pytest.fixture(autouse=True)
+def habits(request: pytest.FixtureRequest, virtual_time: Callable[..., Any]) -> None:
+    """Give every async test virtual time, and fail it if it leaves a task behind."""
+    if inspect.iscoroutinefunction(request.function):
+        request.getfixturevalue("no_task_is_left")
