@@ -11,7 +11,8 @@ import anyio.to_thread
 import pytest
 
 from meshkit import _time
-from meshkit.testing import Deadlock, Leak, Livelock, VirtualTimeLoop, run, virtual_time as module
+from meshkit.testing import Deadlock, Leak, Livelock, VirtualTimeLoop, run
+from meshkit.testing import virtual_time as module
 
 
 async def test_an_hour_passes_at_once_and_the_loop_says_so() -> None:
