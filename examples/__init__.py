@@ -1,0 +1,1 @@
+"""Programs worth copying: each utility alone, and a mesh of services."""
