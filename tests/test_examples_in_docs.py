@@ -33,18 +33,16 @@ class Block(NamedTuple):
 
 def blocks(text: str) -> list[Block]:
     """Return the Python blocks of a page, each with the ```text block that follows it, if one does at once."""
-    fences = [(match, *match.groups()) for match in FENCE.finditer(text)]
+    fences = list(FENCE.finditer(text))
     found = []
-    for position, (match, language, code) in enumerate(fences):
-        if language != "python":
+    for fence, after in zip(fences, [*fences[1:], None], strict=True):
+        if fence[1] != "python":
             continue
         output = None
-        if position + 1 < len(fences):
-            after, next_language, next_code = fences[position + 1]
-            # Whatever stands between the two is prose about the output ("prints:"), but no paragraph of its own.
-            if next_language == "text" and text[match.end() : after.start()].strip().count("\n") == 0:
-                output = next_code
-        found.append(Block(text.count("\n", 0, match.start()) + 1, code, output))
+        # What may stand between the two is one line about the output ("prints:").
+        if after and after[1] == "text" and text[fence.end() : after.start()].strip().count("\n") == 0:
+            output = after[2]
+        found.append(Block(text.count("\n", 0, fence.start()) + 1, fence[2], output))
     return found
 
 
