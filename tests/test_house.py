@@ -180,7 +180,7 @@ def test_the_package_offers_every_public_name_of_the_base_the_utilities_and_the_
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="'meshkit' has no attribute 'nonsense'"):
-        _ = meshkit.nonsense  # type: ignore[attr-defined]  # that is the point
+        _ = meshkit.nonsense
 
 
 def documented(value: object) -> Iterator[tuple[str, object]]:
