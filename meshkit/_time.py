@@ -6,6 +6,7 @@ every utility, and what a utility measures can never disagree with how long it s
 
 import asyncio
 import time
+from datetime import UTC, datetime
 
 # Public and documented (for authors of loops), whatever its name says; unlike get_running_loop() it does not raise.
 running_loop = asyncio._get_running_loop  # pyright: ignore[reportPrivateUsage]  # as the line above says
@@ -21,3 +22,13 @@ def wall() -> float:
     """Return seconds since the Unix epoch: what a virtual-time loop says (`wall_time()`), else `time.time()`."""
     wall_time = getattr(running_loop(), "wall_time", None)
     return time.time() if wall_time is None else float(wall_time())
+
+
+def clock_text(seconds: float) -> str:
+    """Return the time of day, local, of `seconds` since the epoch: "12:00:03"."""
+    return time.strftime("%H:%M:%S", time.localtime(seconds))
+
+
+def timestamp(seconds: float) -> str:
+    """Return `seconds` since the epoch as RFC 3339, in UTC, to the millisecond: "2026-01-01T00:00:03.000Z"."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
