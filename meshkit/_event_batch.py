@@ -1,0 +1,245 @@
+"""The core of the Logger: events become groups, and a group becomes one sentence.
+
+>>> batch = EventBatch(window=3.0, max_wait=15.0, max_groups=1000, max_entries=250)
+>>> for second, actor in enumerate(["alice", "carol", "dave"]):
+...     opened = batch.add(("social", "tease", "bob"), actor, None, 1, {}, now=float(second))
+>>> batch.due(now=4.9), batch.next_due
+([], 5.0)
+>>> [group] = batch.due(now=5.0)
+>>> sentence(group.key, group.counts)
+'alice, carol, and dave teased bob'
+
+The treaty:
+
+- A group is due when `window` seconds have passed since its last event, and `max_wait` after its first at the latest.
+- A group keeps one entry, a count, for each different (actor, message); the counts of its entries add up to what was
+  added. Beyond `max_entries` an actor that is known loses its further messages, and new ones go by the name `OTHERS`.
+- Beyond `max_groups`, events that would open another group are dropped and counted, by service.
+"""
+
+import heapq
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TypeAlias
+
+__all__ = ["OTHERS", "EventBatch", "Group", "Key", "names", "past_tense", "sentence"]
+
+Key: TypeAlias = tuple[str, str, str | None]
+"""What events are grouped by: service, event type, target."""
+
+OTHERS = "(others)"
+"""The actor that stands for all those whom a group has no room to name."""
+
+
+class Group:
+    """The events of one key since `opened`: how many of each (actor, message), in the order first seen, and when.
+
+    `epoch` is for whoever opens it: what to add to its times to get seconds since the epoch.
+    """
+
+    __slots__ = ("_firsts", "_known", "counts", "epoch", "fields", "key", "last", "opened")
+
+    def __init__(self, key: Key, fields: Mapping[str, object], now: float) -> None:
+        self.key = key
+        self.fields = fields
+        """The fields that all events so far had in common."""
+        self.opened = self.last = now
+        self.epoch = 0.0
+        self.counts: dict[tuple[str, str | None], int] = {}
+        self._firsts: dict[tuple[str, str | None], float] = {}
+        self._known: set[str] | None = None  # the actors, once there is no room for new entries
+
+    def add(self, actor: str, message: str | None, count: int, now: float, max_entries: int) -> None:
+        """Count an event."""
+        self.last = now
+        entry = (actor, message)
+        counts = self.counts
+        if entry not in counts:
+            if len(counts) >= max_entries:
+                if self._known is None:
+                    self._known = {named for named, _ in counts}
+                entry = (actor if actor in self._known else OTHERS, None)
+            self._firsts.setdefault(entry, now)
+        counts[entry] = counts.get(entry, 0) + count
+
+    def entries(self) -> Iterator[tuple[tuple[str, str | None], int, float]]:
+        """Yield (actor, message), how many, and when first."""
+        for entry, count in self.counts.items():
+            yield entry, count, self._firsts[entry] + self.epoch
+
+    def share(self, fields: Mapping[str, object]) -> None:
+        """Keep only those fields that `fields` has as well."""
+        self.fields = {key: value for key, value in self.fields.items() if key in fields and _same(value, fields[key])}
+
+
+class EventBatch:
+    """Collects events into groups: `(event, now) -> the groups that are due`. Times in seconds, of any one clock.
+
+    Cost: a dict look-up or two per event. A group has one place in a heap, never later than it is due, which is put
+    right when it comes up: O(log groups), at most once a window per group, however many events there are.
+    """
+
+    def __init__(self, *, window: float, max_wait: float, max_groups: int, max_entries: int) -> None:
+        self._window = window
+        self._max_wait = max_wait
+        self._max_groups = max_groups
+        self._max_entries = max_entries
+        self._groups: dict[Key, Group] = {}
+        self._heap: list[tuple[float, int, Group]] = []
+        self._order = itertools.count()  # the earlier opened of two that are due together comes first
+        self.dropped = 0
+        """How many events were dropped, ever."""
+        self._untold: dict[str, int] = {}
+        self._tell_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @property
+    def pending(self) -> int:
+        """How many events the open groups hold."""
+        return sum(sum(group.counts.values()) for group in self._groups.values())
+
+    @property
+    def next_due(self) -> float | None:
+        """No group is due before this; None when there are none."""
+        return self._heap[0][0] if self._heap else None
+
+    def add(
+        self, key: Key, actor: str, message: str | None, count: int, fields: Mapping[str, object], now: float
+    ) -> Group | None:
+        """Count an event; return the group if this opened one (`next_due` comes nearer at no other time)."""
+        group = self._groups.get(key)
+        if group is not None:
+            group.add(actor, message, count, now, self._max_entries)
+            if group.fields and fields is not group.fields:
+                group.share(fields)
+            return None
+        if len(self._groups) >= self._max_groups:
+            self._drop(key[0], count, now)
+            return None
+        group = self._groups[key] = Group(key, fields, now)
+        group.add(actor, message, count, now, self._max_entries)
+        heapq.heappush(self._heap, (now + self._window, next(self._order), group))
+        return group
+
+    def due(self, now: float, limit: int | None = None) -> list[Group]:
+        """Take out the groups that are due, in the order in which they fell due; at most `limit` of them."""
+        taken: list[Group] = []
+        while self._heap and self._heap[0][0] <= now and len(taken) != limit:
+            _, order, group = self._heap[0]
+            when = min(group.last + self._window, group.opened + self._max_wait)
+            if when > now:
+                heapq.heapreplace(self._heap, (when, order, group))
+            else:
+                heapq.heappop(self._heap)
+                taken.append(self._groups.pop(group.key))
+        return taken
+
+    def take_all(self) -> list[Group]:
+        """Take out all groups, in the order in which they were opened."""
+        taken = list(self._groups.values())
+        self._groups.clear()
+        self._heap.clear()
+        return taken
+
+    def take_dropped(self, now: float) -> dict[str, int]:
+        """Return the events dropped by service and forget them: once a window, or as soon as no group is open."""
+        if self._groups and now < self._tell_at:
+            return {}
+        dropped, self._untold = self._untold, {}
+        return dropped
+
+    def _drop(self, service: str, count: int, now: float) -> None:
+        if not self._untold:
+            self._tell_at = now + self._window
+        self._untold[service] = self._untold.get(service, 0) + count
+        self.dropped += count
+
+
+def _same(one: object, other: object) -> bool:
+    try:
+        return one is other or bool(one == other)
+    except Exception:  # noqa: BLE001 - values of users may compare however they like; arrays refuse to
+        return False
+
+
+# --- Sentences ---------------------------------------------------------------------------------------------
+
+
+def sentence(key: Key, counts: Mapping[tuple[str, str | None], int]) -> str:
+    """Return what happened, in English: "alice, carol, and dave teased bob".
+
+    Without a target, the service is what it was done to ("alice and bob requested stash"). How often is said where it
+    is not once for each actor ("(x12)"). Messages follow after a colon, the first three different ones; a single one
+    that begins with the verb takes the place of the rest ("alice stored 2.3 KB").
+    """
+    service, event_type, target = key
+    actors = list(dict.fromkeys(actor for actor, _ in counts))
+    messages = list(dict.fromkeys(message for _, message in counts if message))
+    total = sum(counts.values())
+    times = "" if total == len(actors) and OTHERS not in actors else f" (x{total})"
+    verb = past_tense(event_type)
+    if verb is None:
+        done = f"did {event_type}" if target is None else f"did {event_type} to {target}"
+    elif len(messages) == 1 and messages[0].startswith(f"{verb} "):
+        return f"{names(actors)} {messages[0]}{times}"
+    else:
+        done = f"{verb} {service if target is None else target}"
+    more = f"; and {len(messages) - 3} more" if len(messages) > 3 else ""
+    said = f": {'; '.join(messages[:3])}{more}" if messages else ""
+    return f"{names(actors)} {done}{times}{said}"
+
+
+def names(actors: Iterable[str]) -> str:
+    """Return a list as one writes it: "a", "a and b", "a, b, and c", all four of four, "a, b, c, and 7 others".
+
+    Where `OTHERS` is among them, how many others is not known: "a, b, c, and more than 7 others".
+    """
+    listed = [str(actor) for actor in actors]
+    named = [actor for actor in listed if actor != OTHERS]
+    if len(named) < len(listed):
+        rest = len(named) - 3
+        listed = [*named[:3], f"more than {rest} others" if rest > 0 else "others"]
+    elif len(listed) > 4:
+        listed = [*listed[:3], f"{len(listed) - 3} others"]
+    if len(listed) < 3:
+        return " and ".join(listed)
+    return f"{', '.join(listed[:-1])}, and {listed[-1]}"
+
+
+_IRREGULAR: dict[str, str] = dict(
+    re.findall(
+        r"(\w+):(\w+)",
+        "begin:began break:broke build:built find:found get:got give:gave go:went hold:held keep:kept leave:left "
+        "lose:lost make:made meet:met panic:panicked put:put quit:quit read:read run:ran see:saw send:sent set:set "
+        "speak:spoke take:took tell:told wake:woke win:won write:wrote",
+    )
+)
+_PAST = frozenset(_IRREGULAR.values())
+_DOUBLED = {"admit", "commit", "defer", "emit", "infer", "occur", "omit", "permit", "refer", "submit", "transfer"}
+_SHORT = re.compile(r"[^aeiou]*[aeiou][bdfgklmnprstvz]")
+
+
+def past_tense(event_type: str) -> str | None:
+    """Return the past tense of an event type that is one word in lower case, else None.
+
+    The rules: stored stays stored (so does what ends in -ed); store -> stored; study -> studied; one short syllable
+    doubles its consonant, stop -> stopped; all others take -ed, sync -> synced. Some forty common words that the rules
+    would get wrong are listed: send -> sent, commit -> committed. For all else there is `register_formatter`.
+    """
+    word = event_type
+    if not (word.isascii() and word.isalpha() and word.islower()):
+        return None
+    if word in _IRREGULAR:
+        return _IRREGULAR[word]
+    if word in _PAST or (word.endswith("ed") and not word.endswith("eed")):
+        return word
+    if word.endswith("e"):
+        return f"{word}d"
+    if len(word) > 1 and word.endswith("y") and word[-2] not in "aeiou":
+        return f"{word[:-1]}ied"
+    if word in _DOUBLED or _SHORT.fullmatch(word):
+        return f"{word}{word[-1]}ed"
+    return f"{word}ed"
