@@ -1,1 +1,5 @@
-"""Transports: what carries messages between runtimes."""
+"""Transports: what carries messages from node to node."""
+
+from meshkit.transports.memory import MemoryHub, MemoryTransport
+
+__all__ = ["MemoryHub", "MemoryTransport"]

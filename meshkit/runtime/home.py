@@ -1,0 +1,109 @@
+"""Homes: a task of its own for what has to be held open from elsewhere.
+
+An `async with` around a task group must be left by the task that entered it. A pytest fixture, an ASGI lifespan or a REPL
+enters in one task and leaves in another. So the runtime lives in a task of its own, and others ask it to open and close.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import anyio
+
+__all__ = ["Home"]
+
+
+class Home:
+    """Runs `live(home)` in a task of its own, which calls `opened` when it is ready and waits for `asked_to_close`."""
+
+    def __init__(self, name: str, live: Callable[["Home"], Coroutine[Any, Any, None]]) -> None:
+        loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[None] = loop.create_future()
+        self._closing: asyncio.Future[None] = loop.create_future()
+        self.task = loop.create_task(live(self), name=name)
+        self.task.add_done_callback(self._on_end)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has opened."""
+        return self._opened.done()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, or its loop was closed under it."""
+        return self.task.done() or self.task.get_loop().is_closed()
+
+    def _on_end(self, task: "asyncio.Task[None]") -> None:
+        self.opened()  # whoever opens it looks whether it has ended
+        if not task.cancelled():
+            task.exception()  # it is raised by whoever opens, closes or waits
+
+    # --- from inside
+
+    def opened(self) -> None:
+        """Say that it is open."""
+        if not self._opened.done():
+            self._opened.set_result(None)
+
+    async def asked_to_close(self) -> None:
+        """Wait until somebody asks it to close."""
+        await self._closing
+
+    # --- from outside
+
+    async def open(self) -> None:
+        """Wait until it is open; whoever is cancelled here takes it down with them.
+
+        Raises:
+            Exception: What `live` raised instead of becoming ready.
+        """
+        try:
+            await asyncio.wait([self._opened])
+        except asyncio.CancelledError:
+            await self._hurry()
+            raise
+        if self.task.done():
+            await self.task
+
+    def ask_to_close(self) -> None:
+        """Let it begin to close, without waiting."""
+        if not self._closing.done():
+            self._closing.set_result(None)
+
+    def cut_short(self) -> None:
+        """Cut short what it is doing, opening or closing, so that it goes on to the next step of its end."""
+        self.task.cancel()
+
+    async def close(self) -> None:
+        """Close it and wait until it has ended; to be cancelled here means: hurry.
+
+        Raises:
+            Exception: What `live` raised.
+        """
+        self.ask_to_close()
+        try:
+            await self.wait()
+        except asyncio.CancelledError:
+            await self._hurry()
+            raise
+
+    async def wait(self) -> None:
+        """Wait until it has ended.
+
+        Raises:
+            Exception: What `live` raised.
+        """
+        await asyncio.wait([self.task])
+        if not self.task.cancelled():
+            self.task.result()
+
+    async def _hurry(self) -> None:
+        """Wait until it has ended, however often this is cancelled; each time cuts one step of its end short."""
+        with anyio.CancelScope(shield=True):
+            while True:
+                self.task.cancel()
+                try:
+                    await asyncio.wait([self.task])
+                    return
+                except asyncio.CancelledError:
+                    continue

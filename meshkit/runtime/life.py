@@ -1,0 +1,166 @@
+"""A life: one run of a node, from its start to its stop. `Life.live` reads from top to bottom."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from meshkit.runtime.crew import Crew
+from meshkit.runtime.graph import Graph
+from meshkit.runtime.home import Home
+from meshkit.runtime.router import Router
+from meshkit.runtime.service import Service, ServiceFailed
+from meshkit.runtime.transport import Transport
+
+if TYPE_CHECKING:
+    from meshkit.runtime.runtime import Runtime
+
+__all__ = ["Life"]
+
+
+class Life:
+    """One run of a node: `home` opens and closes it."""
+
+    CLOSE_TIMEOUT = 10.0
+    """Seconds that the transport may take to close."""
+
+    def __init__(
+        self,
+        node: str,
+        graph: Graph,
+        runtime: "Runtime",
+        transport: Transport,
+        grace: float,
+        on_failure: Callable[[], None],
+        end_of_log: Callable[[], None],
+    ) -> None:
+        self.node = node
+        self.failure: ServiceFailed | None = None
+        self.over = False  # whether nothing can be sent any more
+        self._graph = graph
+        self._runtime = runtime
+        self._transport = transport
+        self._log = runtime.log("runtime")
+        self._grace = grace
+        self._on_failure = on_failure
+        self._end_of_log = end_of_log
+        self._crews = {service.name: Crew(f"meshkit:{node}:{service.name}") for service in graph.services}
+        self._started: list[Service] = []
+        self.router = Router(node, graph, self._crews, transport, self._log)
+        self.home = Home(f"meshkit:{node}:runtime:home", self._live)
+
+    def owns(self, task: object) -> bool:
+        """Return whether `task` is one of this node."""
+        return task is self.home.task or any(task in crew for crew in self._crews.values())
+
+    async def _live(self, home: Home) -> None:
+        try:
+            self._init()
+            await self._transport.start(self.node, self.router)
+            for service in self._graph.services:
+                await self._start(service)
+            home.opened()
+            await home.asked_to_close()
+            await self._drain()
+        except asyncio.CancelledError:
+            _uncancel()  # the end goes on without what was cut short
+            if self.failure is None:
+                raise
+        finally:
+            for service in reversed(self._graph.services):
+                await self._stop(service)
+            await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "close() of the transport")
+            self._finish()
+        if self.failure is not None:
+            raise self.failure
+
+    # --- the start
+
+    def _init(self) -> None:
+        for service in self._graph.services:
+            service.rt = self._runtime
+            service.log = self._runtime.logger.service(service.name, emoji=service.emoji or None)
+            service._crew = self._crews[service.name]
+            service._escalate = self._escalate
+            try:
+                service.init()
+            except Exception as error:
+                raise self._failed(service, "init()") from error
+
+    async def _start(self, service: Service) -> None:
+        try:
+            await _within(service.start_timeout, service.start)
+        except Exception as error:
+            raise self._failed(service, "start()") from error
+        self._started.append(service)
+        self.router.mailboxes[service.name].open()
+
+    def _failed(self, service: Service, what: str) -> ServiceFailed:
+        return ServiceFailed(node=self.node, service=service.name, what=what)
+
+    def _escalate(self, service: Service, what: str, error: Exception) -> None:
+        """Let the node stop because of a background task that keeps failing."""
+        service.log.exception("%s failed too often: node %r stops", what, self.node, exc_info=error)
+        if self.failure is None:
+            self.failure = self._failed(service, what)
+            self.failure.__cause__ = error
+        if self.home.is_open:
+            self.home.ask_to_close()
+            self._on_failure()
+        else:
+            self.home.cut_short()
+
+    # --- the end; each step is bounded, and a cancellation cuts one step short
+
+    async def _drain(self) -> None:
+        self.router.draining = True
+        with anyio.move_on_after(self._grace):
+            await self.router.quiet()
+
+    async def _stop(self, service: Service) -> None:
+        """Cut what its handlers have not finished, end its background tasks, then let it clean up."""
+        self.router.close_mailbox(service.name)
+        await self._step(self._end_crew(service), "its tasks", service)
+        if service in self._started:
+            await self._step(_within(service.stop_timeout, service.stop), "stop()", service)
+        service._crew = None
+
+    async def _end_crew(self, service: Service) -> None:
+        left = await self._crews[service.name].end()
+        if left:
+            service.log.error("these tasks ignored that they were cancelled, and are left: %s", ", ".join(left))
+
+    async def _step(self, step: Coroutine[Any, Any, None], what: str, service: Service | None = None) -> None:
+        log = self._log if service is None else service.log
+        try:
+            await step
+        except asyncio.CancelledError:
+            _uncancel()
+            log.warning("%s of node %r was cut short", what, self.node)
+        except Exception as error:  # noqa: BLE001 - the end goes on, whatever fails in it
+            log.exception("%s of node %r failed", what, self.node)
+            if self.failure is None and service is not None:
+                self.failure = self._failed(service, what)
+                self.failure.__cause__ = error
+
+    def _finish(self) -> None:
+        self.over = True
+        self.router.close()
+        if self.router.cut:
+            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.router.cut.items()))
+            self._log.warning("node %r stopped before these messages were handled: %s", self.node, kinds)
+        self._end_of_log()
+
+
+async def _within(timeout: float, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with anyio.move_on_after(timeout) as scope:
+        await hook()
+    if scope.cancelled_caught:
+        raise TimeoutError(f"it took longer than {timeout:g} s")
+
+
+def _uncancel() -> None:
+    task = asyncio.current_task()
+    while task is not None and task.uncancel():
+        pass

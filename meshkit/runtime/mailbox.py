@@ -1,0 +1,205 @@
+"""Mailboxes: what waits for a service's handlers, and the workers that run them.
+
+A mailbox holds a bounded number of items in order of arrival. Workers begin them in that order, up to `max_concurrent`
+at a time. There are no more workers than needed: one that takes an item wakes another one if more items wait, which
+therefore runs only when the first one waits for something. An idle mailbox keeps one worker.
+
+Rules:
+- An item is taken and begun in one step: a worker that is cancelled loses nothing that waits.
+- A place is reserved before an item is put. Whoever waits for a place gets it in order of arrival, without anybody
+  overtaking; a cancelled waiter gives its place to the next.
+"""
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+from meshkit.errors import Closed, Overloaded
+
+__all__ = ["Mailbox"]
+
+T = TypeVar("T")
+
+
+class Mailbox(Generic[T]):
+    """A bounded queue of items, and workers that `run` them. It begins closed; `open` lets the workers in."""
+
+    FAIRNESS = 32
+    """Items that a worker takes before it lets other tasks run, if no handler waits for anything."""
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[[T], Coroutine[Any, Any, None]],
+        spawn: Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"],
+        *,
+        max_mailbox: int,
+        max_concurrent: int,
+    ) -> None:
+        self.name = name
+        self.max_mailbox = max_mailbox
+        self.running = 0
+        self._run = run
+        self._spawn = spawn
+        self._max_concurrent = max_concurrent
+        self._items: deque[T] = deque()
+        self._reserved = 0
+        self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()
+        self._workers: set[asyncio.Task[None]] = set()
+        self._started = 0  # workers so far, for their names
+        self._waking = False  # whether a worker has been woken or spawned that has not run yet
+        self._idle: asyncio.Future[None] | None = None  # what the one idle worker waits for
+        self._quiet: asyncio.Future[None] | None = None  # what `quiet` waits for
+        self._opened = False
+        self.closed = False
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    # --- a place, then an item
+
+    def try_reserve(self) -> bool:
+        """Take a place if one is free; whoever waits for one goes first."""
+        if self.closed or self._waiters or len(self._items) + self._reserved >= self.max_mailbox:
+            return False
+        self._reserved += 1
+        return True
+
+    async def reserve(self) -> None:
+        """Take a place, waiting for one if need be.
+
+        Raises:
+            Overloaded: It is full, and the one who would wait is one of its own workers: it would wait for itself.
+            Closed: It is closed, or was while waiting.
+        """
+        if self.try_reserve():
+            return
+        if self.closed:
+            raise Closed(name=self.name)
+        if asyncio.current_task() in self._workers:
+            raise Overloaded(name=self.name, limit=self.max_mailbox)
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters[place] = None
+        try:
+            await place
+        except asyncio.CancelledError:
+            if self._waiters.pop(place, self) is self and not place.cancelled():  # it was given, and nobody will use it
+                self.release()
+            raise
+
+    def release(self) -> None:
+        """Give back a place that was reserved."""
+        self._reserved -= 1
+        self._admit()
+
+    def put(self, item: T) -> None:
+        """Put `item` into a place that was reserved."""
+        self._reserved -= 1
+        self._items.append(item)
+        if self._opened and not self._waking:
+            self._wake()
+
+    def discard(self, item: T) -> bool:
+        """Take `item` out, unless it has been begun; return whether it was in."""
+        try:
+            self._items.remove(item)
+        except ValueError:
+            return False
+        self._admit()
+        self._notice_quiet()
+        return True
+
+    def _admit(self) -> None:
+        while self._waiters and len(self._items) + self._reserved < self.max_mailbox:
+            place, _ = self._waiters.popitem(last=False)
+            if not place.done():
+                self._reserved += 1
+                place.set_result(None)
+
+    # --- workers
+
+    def open(self) -> None:
+        """Let the workers begin."""
+        self._opened = True
+        if self._items:
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waking:
+            return
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+        elif len(self._workers) < self._max_concurrent:
+            self._started += 1
+            self._workers.add(self._spawn(self._work(), f"worker-{self._started}"))
+        else:
+            return
+        self._waking = True
+
+    async def _work(self) -> None:
+        try:
+            while True:
+                self._waking = False  # this one runs
+                await self._take_all()
+                if self._idle is not None:
+                    return  # one idle worker is enough
+                self._idle = asyncio.get_running_loop().create_future()
+                try:
+                    await self._idle
+                finally:
+                    self._idle = None
+        finally:
+            self._workers.discard(asyncio.current_task())  # type: ignore[arg-type]  # there is one: this
+            self._waking = False
+            if self._items and not self.closed:  # a handler cancelled its own worker: the others go on
+                self._wake()
+
+    async def _take_all(self) -> None:
+        taken = 0
+        while self._items:
+            item = self._items.popleft()
+            if self._waiters:
+                self._admit()
+            if self._items and not self._waking:
+                self._wake()
+            self.running += 1
+            try:
+                await self._run(item)
+            finally:
+                self.running -= 1
+                if self._quiet is not None:
+                    self._notice_quiet()
+            taken += 1
+            if taken % self.FAIRNESS == 0:
+                await asyncio.sleep(0)
+
+    # --- the end
+
+    @property
+    def busy(self) -> bool:
+        """Whether an item waits or runs."""
+        return bool(self._items or self.running)
+
+    async def quiet(self) -> None:
+        """Wait until no item waits or runs."""
+        while self.busy:
+            self._quiet = self._quiet or asyncio.get_running_loop().create_future()
+            await asyncio.wait([self._quiet])
+
+    def _notice_quiet(self) -> None:
+        if self._quiet is not None and not self.busy:
+            self._quiet.set_result(None)
+            self._quiet = None
+
+    def close(self) -> list[T]:
+        """Take no more items, fail whoever waits for a place, and return the items that no worker has begun."""
+        self.closed = True
+        for place in self._waiters:
+            if not place.done():
+                place.set_exception(Closed(name=self.name))
+        self._waiters.clear()
+        left = list(self._items)
+        self._items.clear()
+        self._notice_quiet()
+        return left

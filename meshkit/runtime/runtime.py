@@ -1,0 +1,229 @@
+"""The runtime: identity, message routing, request and reply, service lifecycle, logs per service. Nothing else.
+
+>>> import asyncio
+>>> from meshkit.runtime import Message, Runtime, Service, handles, request
+>>> UPPER = request("text:upper", str, reply=str)
+>>> class Text(Service):
+...     name = "text"
+...
+...     @handles(UPPER)
+...     async def upper(self, msg: Message[str]) -> str:
+...         return msg.payload.upper()
+>>> async def main():
+...     async with Runtime("alice", services=[Text()]) as rt:
+...         return await rt.call(UPPER, "boo", to="alice")
+>>> asyncio.run(main())
+'BOO'
+"""
+
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from meshkit import _check
+from meshkit.errors import Closed
+from meshkit.logger import Logger, ServiceLog
+from meshkit.runtime.behavior import Broadcast, Local, Request
+from meshkit.runtime.graph import Graph
+from meshkit.runtime.life import Life
+from meshkit.runtime.service import Service, ServiceFailed
+from meshkit.runtime.stats import RuntimeStats
+from meshkit.runtime.transport import Alone, Transport
+
+__all__ = ["Runtime"]
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+
+class Runtime:
+    """One node: services, and the messages between them and those of other nodes.
+
+    `async with` it, or `await rt.start()` and `await rt.stop()`, from any tasks: it lives in a task of its own. It may be
+    started again when it has stopped.
+
+    Args:
+        name: What the node is called, by other nodes too.
+        services: Its services, in the order in which they start.
+        transport: How it reaches other nodes; without one it is alone.
+        logger: Where its services log; by default a `Logger` of its own, which is closed when it stops.
+        disabled_loggers: Names of services that log nothing.
+        verbose_loggers: Names of services that log debug lines, and each event at once.
+        grace: Seconds that handlers have to finish when it stops.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        services: Sequence[Service] = (),
+        *,
+        transport: Transport | None = None,
+        logger: Logger | None = None,
+        disabled_loggers: Iterable[str] = (),
+        verbose_loggers: Iterable[str] = (),
+        grace: float = 5.0,
+    ) -> None:
+        if not isinstance(name, str) or not name or any(c.isspace() for c in name):
+            raise ValueError(f"name must be a name without spaces, not {name!r}")
+        self.name = name
+        self.services = tuple(services)
+        self._transport: Transport = transport or Alone()
+        self._grace = _check.duration("grace", grace, zero=True)
+        self._new_logger = lambda: Logger(node=name, disabled=disabled_loggers, verbose=verbose_loggers)
+        self._own_logger = logger is None
+        self.logger = logger or self._new_logger()
+        self._life: Life | None = None  # the present run, or the last one
+        self._body: asyncio.Task[object] | None = None  # the task inside `async with`
+        self._body_cancelled = False
+
+    def __repr__(self) -> str:
+        services = ", ".join(service.name for service in self.services)
+        return f"Runtime({self.name!r}, services=[{services}], {self._state})"
+
+    @property
+    def _state(self) -> str:
+        life = self._life
+        if life is None:
+            return "not started"
+        if life.home.ended:
+            return "stopped"
+        if not life.home.is_open:
+            return "starting"
+        return "draining" if life.router.draining else "running"
+
+    # --- messages
+
+    async def emit(self, behavior: Local[P] | Broadcast[P], payload: P, to: str | None = None) -> str:
+        """Send a message that nobody answers, and return its id.
+
+        A local kind goes to the handlers on this node. This waits while the mailbox of one of them is full; cancelled
+        meanwhile, it has sent nothing. A broadcast goes to every node, this one included (`msg.sender` tells), or to the
+        node `to` alone; whoever has no room for it drops it, and counts it.
+
+        Raises:
+            TypeError: The payload is not of the declared type, or cannot be encoded.
+            Unreachable: There is no way to the node `to`.
+            Overloaded: A handler would wait for room in the mailbox of its own service.
+            Closed: The runtime has stopped.
+        """
+        return await self._running().router.emit(behavior, payload, to)
+
+    async def call(self, behavior: Request[P, R], payload: P, to: str, timeout: float = 10.0) -> R:
+        """Ask the node `to` and return its reply. To ask this node itself is fine.
+
+        The handler is given what is left of `timeout`, or of the enclosing anyio deadline if that is sooner. It is
+        cancelled when this gives up or is cancelled.
+
+        Raises:
+            TypeError: The payload is not of the declared type, or cannot be encoded.
+            Refused: It did not run: `Unreachable`, `NoHandler`, `Overloaded` or `Draining`; ask later, or another node.
+            MalformedFrame: It did not run: the other node declares another payload.
+            CallTimeout: There was no reply in time; it may have run.
+            PeerLost: The node went away meanwhile; it may have run.
+            RemoteError: It ran and failed. `code` is that of the handler's `Reject`, "internal" for any other exception, and
+                "bad_reply" where the reply is not what was declared.
+            Closed: The runtime has stopped, or did meanwhile.
+        """
+        return await self._running().router.call(behavior, payload, to, timeout)
+
+    @property
+    def peers(self) -> tuple[str, ...]:
+        """The other nodes that can be reached now, sorted."""
+        return tuple(sorted(self._transport.peers))
+
+    def log(self, service: str) -> ServiceLog:
+        """Return the log of a service: the same object as `rt.logger.service(service)`."""
+        return self.logger.service(service)
+
+    def stats(self) -> RuntimeStats:
+        """Return what has happened since the last start."""
+        return RuntimeStats() if self._life is None else self._life.router.stats()
+
+    def _running(self) -> Life:
+        life = self._life
+        if life is None:
+            raise RuntimeError(f"node {self.name!r} is not running: use `async with`, or `await rt.start()`")
+        if life.over:
+            raise Closed(name=f"node {self.name!r}") from life.failure
+        return life
+
+    # --- its life
+
+    async def start(self) -> None:
+        """Start the services in order; return when all are ready. Where one fails, those that had started are stopped.
+
+        Cancelled meanwhile, it undoes what it had done before it passes that on.
+
+        Raises:
+            ValueError: Something is declared wrongly; the message names every fault.
+            ServiceFailed: A service failed to start, or took too long; `__cause__` says why.
+            Exception: What the transport raised.
+        """
+        if self._life is not None:
+            if not self._life.home.ended:
+                raise RuntimeError(f"node {self.name!r} is {self._state} already")
+            if self._own_logger:
+                self.logger = self._new_logger()
+        graph = Graph(self.name, self.services)
+        end_of_log = self.logger.close if self._own_logger else self.logger.flush
+        self._life = Life(self.name, graph, self, self._transport, self._grace, self._cancel_body, end_of_log)
+        await self._told(self._life.home.open())
+
+    async def stop(self) -> None:
+        """Stop, and return when everything has ended. Harmless where it does not run.
+
+        Requests of other nodes are refused with `Draining`; handlers have `grace` seconds to finish what was accepted, then
+        they are cancelled; services stop in reverse order; calls that still wait fail with `Closed`. Cancelled meanwhile,
+        it hurries: it cuts what it is doing short, and passes that on when everything has ended. Called by a handler or
+        background task of its own, it does not wait, since it would wait for itself.
+
+        Raises:
+            ServiceFailed: A background task had failed too often, or the `stop` of a service failed.
+        """
+        if self._life is None:
+            return
+        if self._life.owns(asyncio.current_task()):
+            self._life.home.ask_to_close()
+        else:
+            await self._told(self._life.home.close())
+
+    async def wait(self) -> None:
+        """Wait until it has stopped, for whatever reason.
+
+        Raises:
+            ServiceFailed: It stopped because a background task failed too often.
+            RuntimeError: It was never started.
+        """
+        if self._life is None:
+            raise RuntimeError(f"node {self.name!r} is not running")
+        await self._told(self._life.home.wait())
+
+    async def _told(self, end: Coroutine[Any, Any, None]) -> None:
+        """Await `end`; each one who is told about a failure gets an error of their own."""
+        try:
+            await end
+        except ServiceFailed as failure:
+            fresh = ServiceFailed(node=failure.node, service=failure.service, what=failure.what)
+            raise fresh from failure.__cause__
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        self._body = asyncio.current_task()
+        if self._life is not None and self._life.failure is not None:
+            self._cancel_body()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        body, self._body = self._body, None
+        if self._body_cancelled and body is not None:
+            self._body_cancelled = False
+            body.uncancel()
+        await self.stop()
+
+    def _cancel_body(self) -> None:
+        """End the body of `async with`, if the task that entered it still runs: its runtime has failed."""
+        if self._body is not None and not self._body.done():
+            self._body_cancelled = self._body.cancel()

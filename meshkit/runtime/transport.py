@@ -1,0 +1,72 @@
+"""What a runtime needs of a transport, and what a transport needs of a runtime."""
+
+from collections.abc import Collection
+from typing import Protocol
+
+from meshkit.errors import Unreachable
+
+__all__ = ["Alone", "Receiver", "Transport"]
+
+
+class Receiver(Protocol):
+    """The runtime, as its transport sees it. Both methods return at once, and never raise."""
+
+    def received(self, sender: str, frame: bytes) -> None:
+        """Take `frame`, which `sender` sent; the transport answers for who sent it."""
+        ...
+
+    def lost(self, node: str) -> None:
+        """Take note that `node` is gone, and that what it was asked will not be answered."""
+        ...
+
+
+class Transport(Protocol):
+    """Carries frames from node to node. Frames from one node to another arrive in order or not at all.
+
+    `send` and `broadcast` never wait: what cannot be carried at once is buffered, within a limit of the transport's.
+    """
+
+    async def start(self, node: str, receiver: Receiver) -> None:
+        """Join the mesh as `node`; from now on hand what arrives to `receiver`."""
+        ...
+
+    @property
+    def peers(self) -> Collection[str]:
+        """The other nodes that can be reached now."""
+        ...
+
+    def send(self, to: str, frame: bytes) -> None:
+        """Send `frame` to the node `to`.
+
+        Raises:
+            Unreachable: There is no way to it.
+            Overloaded: As many frames wait for it as may.
+        """
+        ...
+
+    def broadcast(self, frame: bytes) -> None:
+        """Send `frame` to every other node; those whose buffer is full miss it."""
+        ...
+
+    async def close(self) -> None:
+        """Leave the mesh. Nothing is received any more; closing twice is harmless."""
+        ...
+
+
+class Alone:
+    """The transport of a node without one: there is nobody else."""
+
+    peers: Collection[str] = ()
+
+    async def start(self, node: str, receiver: Receiver) -> None:
+        """Do nothing: there is nothing to join."""
+
+    def send(self, to: str, frame: bytes) -> None:
+        """Refuse: there is nobody to send to."""
+        raise Unreachable(node=to, reason="this runtime was given no transport")
+
+    def broadcast(self, frame: bytes) -> None:
+        """Send to nobody."""
+
+    async def close(self) -> None:
+        """Do nothing."""
