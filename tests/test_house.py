@@ -134,7 +134,7 @@ def test_cores_are_pure(room_name: str, name: str) -> None:
 
 
 def defined(module: ModuleType) -> set[str]:
-    """Return the public names that `module` itself defines (type variables aside)."""
+    """Return the public names that `module` defines (type variables aside), or offers as its own: `import X as X`."""
     names = set()
     for node in tree(module.__name__).body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -143,6 +143,8 @@ def defined(module: ModuleType) -> set[str]:
             names.add(node.target.id)
         elif isinstance(node, ast.Assign):
             names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names if alias.asname == alias.name}
     kinds = {"TypeVar", "ParamSpec", "TypeVarTuple"}
     return {n for n in names if not n.startswith("_") and type(getattr(module, n, None)).__name__ not in kinds}
 
