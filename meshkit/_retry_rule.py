@@ -1,0 +1,99 @@
+"""Which errors may be retried: what `on` says of them, and what they say of themselves.
+
+>>> from meshkit.errors import PeerLost
+>>> rule = RetryRule(on=Exception, idempotent=False)
+>>> rule.objection(ConnectionError())
+>>> rule.objection(PeerLost(node="bob"))
+'PeerLost means that it may have happened; say idempotent=True if doing it twice is harmless'
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+from meshkit.errors import Closed, MeshkitError, RemoteError, Untrusted
+from meshkit.events import report
+
+__all__ = ["NOT_COVERED", "On", "RetryRule", "asked_delay"]
+
+On: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
+"""What the caller says may be retried: a class, several, or a predicate."""
+
+NOT_COVERED = "`on` does not cover it"
+_NO_USE = (Untrusted, Closed, RemoteError)  # the last may say otherwise of itself: `retryable`
+
+
+class RetryRule:
+    """Judges errors for the Retrier, whose documentation has the rules."""
+
+    def __init__(self, *, on: On, idempotent: bool) -> None:
+        self.idempotent = idempotent
+        self._classes, self._predicate = _checked(on)
+        # To name is to name a kind that would be objected to; Exception, or a base of one's own, says nothing of it.
+        self._named = tuple(
+            c
+            for c in self._classes
+            if issubclass(c, MeshkitError) and (c.executed == "maybe" or issubclass(c, _NO_USE))
+        )
+
+    def __repr__(self) -> str:
+        on = " | ".join(c.__name__ for c in self._classes) if self._predicate is None else repr(self._predicate)
+        return f"on={on}, idempotent={self.idempotent}"
+
+    def objection(self, error: Exception) -> str | None:
+        """Return why `error` must not be retried, or None if it may be."""
+        if isinstance(error, ExceptionGroup):
+            return next(filter(None, map(self.objection, _members(error))), None)
+        kind = type(error).__name__
+        if not (isinstance(error, self._classes) or self._says_yes(error)):
+            return NOT_COVERED
+        if isinstance(error, self._named) or not isinstance(error, MeshkitError):
+            return None
+        if error.executed == "maybe" and not self.idempotent:
+            return f"{kind} means that it may have happened; say idempotent=True if doing it twice is harmless"
+        no_use = isinstance(error, _NO_USE) and not getattr(error, "retryable", False)
+        if no_use and self._predicate is None:
+            return f"{kind} means that trying again is no use; name it in `on` if it is"
+        return None
+
+    def _says_yes(self, error: Exception) -> bool:
+        if self._predicate is None:
+            return False
+        try:
+            return bool(self._predicate(error))
+        except Exception as failure:  # noqa: BLE001 - it must not mask the error that it was asked about
+            report(failure, f"the predicate `on` failed on {type(error).__name__}", self._predicate)
+            return False
+
+
+def asked_delay(error: Exception) -> float:
+    """Return the `retry_after` of `error`, the longest in a group; 0.0 where there is none, or nonsense."""
+    if isinstance(error, ExceptionGroup):
+        return max(map(asked_delay, _members(error)))
+    try:
+        asked: object = getattr(error, "retry_after", None)
+    except Exception:  # noqa: BLE001 - a property of somebody's exception
+        return 0.0
+    return asked if isinstance(asked, int | float) and asked > 0 else 0.0  # NaN is not more than 0
+
+
+def _members(group: Any) -> tuple[Exception, ...]:
+    members: tuple[Exception, ...] = group.exceptions
+    return members
+
+
+def _checked(on: Any) -> tuple[tuple[type[Exception], ...], Callable[[Exception], bool] | None]:
+    """Return `on` as classes and a predicate, one of which is missing."""
+    if callable(on) and not isinstance(on, type):
+        if inspect.iscoroutinefunction(on):
+            raise TypeError(f"on must be a plain function, whose answer is there at once, not {on!r}")
+        return (), cast("Callable[[Exception], bool]", on)
+    classes: tuple[Any, ...] = on if isinstance(on, tuple) else (on,)  # pyright: ignore[reportUnknownVariableType]  # judged below
+    if not classes:
+        raise ValueError("on must name at least one exception class; to retry nothing, say max_retries=0")
+    for c in classes:
+        if not (isinstance(c, type) and issubclass(c, Exception)):
+            raise TypeError(f"on must name classes of Exception (cancellations are never retried), not {c!r}")
+        if c is ExceptionGroup:
+            raise ValueError("on is asked about each error in a group: name those, not ExceptionGroup")
+    return classes, None

@@ -1,0 +1,354 @@
+"""Retries with exponential backoff, and a budget that keeps them from becoming a storm.
+
+>>> import asyncio
+>>> answers = iter([ConnectionError("reset"), ConnectionError("reset"), "hello"])
+>>> async def fetch():
+...     if isinstance(answer := next(answers), Exception):
+...         raise answer
+...     return answer
+>>> retrier = Retrier(RetryPolicy(max_retries=3, base_delay=0.01), on=ConnectionError)
+>>> asyncio.run(retrier.call(fetch))
+'hello'
+"""
+
+import asyncio
+import functools
+import math
+import random
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, ClassVar, Literal, ParamSpec, Self, TypeVar
+
+import anyio
+
+from meshkit import _check, _notes
+from meshkit._retry_budget import RetryBudget as RetryBudget
+from meshkit._retry_budget import RetryBudgetStats as RetryBudgetStats
+from meshkit._retry_rule import NOT_COVERED, On, RetryRule, asked_delay
+from meshkit._time import now
+from meshkit.errors import CallTimeout
+from meshkit.events import Event, Observer, notify
+from meshkit.guard import Guard, require_async
+
+__all__ = [
+    "Attempts",
+    "Backoff",
+    "GaveUp",
+    "Retrier",
+    "RetryBudget",
+    "RetryBudgetStats",
+    "RetryPolicy",
+    "Retrying",
+]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Retrying(Event):
+    """The attempt with this number, from 1, failed with `error`; the next one follows after `delay` seconds."""
+
+    name: str
+    attempt: int
+    delay: float
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class GaveUp(Event):
+    """The last of so many attempts failed with `error`, which is raised now; `reason` says why no other follows."""
+
+    name: str
+    attempts: int
+    reason: str
+    error: Exception
+
+
+class Backoff:
+    """How long to wait before the n-th retry: `base_delay`, twice that, four times that, ... up to `max_delay`.
+
+    With `jitter` the delay is drawn evenly from zero up to that, so that callers who failed together do not come back
+    together, also when all have reached the cap ("full jitter": M. Brooker, Exponential Backoff And Jitter, 2015).
+    """
+
+    def __init__(self, *, base_delay: float, max_delay: float, jitter: bool) -> None:
+        self._base_delay = base_delay
+        self._max_delay = max_delay
+        self._jitter = jitter
+
+    def delay(self, n: int, draw: Callable[[], float]) -> float:
+        """Return the seconds before the `n`-th retry, from 1; `draw` returns a number of [0, 1)."""
+        try:
+            delay = min(math.ldexp(self._base_delay, n - 1), self._max_delay)
+        except OverflowError:
+            delay = self._max_delay
+        return delay * draw() if self._jitter else delay
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryPolicy:
+    """How often, how patiently and for how long to retry. All times are in seconds.
+
+    `max_retries` does not count the first attempt. The n-th retry waits `base_delay` * 2**(n-1), at most `max_delay`;
+    with `jitter` a random part of that. `timeout` limits a whole call with its delays, `attempt_timeout` each attempt.
+    An error whose `retry_after` is more than `max_retry_after` is not waited for.
+    """
+
+    max_retries: int = 3
+    base_delay: float = 1.0
+    max_delay: float = 30.0
+    jitter: bool = True
+    timeout: float | None = None
+    attempt_timeout: float | None = None
+    max_retry_after: float = 60.0
+
+    def __post_init__(self) -> None:
+        _check.count("max_retries", self.max_retries, minimum=0)
+        for name in ("base_delay", "max_delay", "max_retry_after"):
+            _check.duration(name, getattr(self, name), zero=True)
+        for name in ("timeout", "attempt_timeout"):
+            if getattr(self, name) is not None:
+                _check.duration(name, getattr(self, name))
+        if not isinstance(self.jitter, bool):
+            raise TypeError(f"jitter must be True or False, not {self.jitter!r}")
+        if self.base_delay > self.max_delay:
+            raise ValueError(f"base_delay must be at most max_delay={self.max_delay!r}, not {self.base_delay!r}")
+        if self.timeout is not None and self.timeout < (self.attempt_timeout or 0):
+            raise ValueError(f"attempt_timeout must be at most timeout={self.timeout!r}, not {self.attempt_timeout!r}")
+
+
+class Retrier(Guard):
+    """Call again what fails for a passing reason: `await retrier.call(fn)`, `@retrier`, or `retrier.attempts()`.
+
+    `on` says which errors pass: a class, several, or a predicate. Two kinds are retried only if `on` names their class,
+    and not because of a broad one such as `Exception`, which was not written with them in mind:
+
+    - what may have happened (`OutcomeUnknown`; an attempt that `attempt_timeout` cut is one), unless `idempotent=True`
+      says that doing it twice is harmless. A predicate is not enough;
+    - what says that trying again is no use (`Untrusted`, `Closed`, a `RemoteError` that is not `retryable`), unless a
+      predicate says otherwise.
+
+    In an exception group every error must pass. The delay is the policy's backoff, or an error's `retry_after` if that
+    is longer. One that would end after the deadline (the policy's, or of an enclosing anyio scope) is not begun. In the
+    end the last error is raised, the very object, with a note: after how many attempts, how long after the first
+    failure, and why no other followed. The policy's `timeout` cuts the attempt in flight: a `CallTimeout`, whose cause
+    is the error before it.
+
+    One object serves any number of tasks: what belongs to a call lives in its `Attempts`. Cost: while first attempts
+    succeed, and there is neither timeout nor budget, that of a bare wrapper.
+    """
+
+    kind: ClassVar[str] = "retrier"
+
+    def __init__(
+        self,
+        policy: RetryPolicy,
+        *,
+        on: On,
+        idempotent: bool = False,
+        budget: RetryBudget | None = None,
+        rng: random.Random | None = None,
+        name: str = "retrier",
+        observer: Observer | None = None,
+    ) -> None:
+        """`rng` draws the jitter; by default Python's global generator, which no two forks of a process share."""
+        self.policy = policy
+        self.rule = RetryRule(on=on, idempotent=idempotent)
+        self.budget = budget
+        self.name = name
+        self.observer = observer
+        self._backoff = Backoff(base_delay=policy.base_delay, max_delay=policy.max_delay, jitter=policy.jitter)
+        self._draw: Callable[[], float] = random.random if rng is None else rng.random
+        # Nothing to limit and nothing to count: then a call needs no state before its first failure.
+        self._direct = policy.timeout is None and policy.attempt_timeout is None and budget is None
+
+    def __repr__(self) -> str:
+        return f"Retrier({self.policy!r}, {self.rule!r}, budget={self.budget!r}, name={self.name!r})"
+
+    @property
+    def time_limit(self) -> float | None:
+        """The policy's timeout."""
+        return self.policy.timeout
+
+    def delay_for(self, n: int) -> float:
+        """Return the seconds to wait before the `n`-th retry, from 1; with jitter, each time another draw."""
+        return self._backoff.delay(_check.count("n", n), self._draw)
+
+    def attempts(self) -> "Attempts":
+        """Return the attempts of one call, to retry a block: see `Attempts`."""
+        return Attempts(self)
+
+    async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call `fn(*args, **kwargs)` until it succeeds, and return its result.
+
+        Raises:
+            CallTimeout: The policy's `timeout` is over; or `attempt_timeout` is, and no other attempt followed.
+            Exception: The last error of `fn`.
+        """
+        if not self._direct:
+            return await _repeat(Attempts(self), fn, args, kwargs)
+        try:
+            return await fn(*args, **kwargs)
+        except Exception as error:
+            attempts = Attempts(self)
+            if not attempts.failed(error):
+                raise
+        return await _repeat(attempts, fn, args, kwargs)
+
+    def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Callable[P, Coroutine[Any, Any, T]]:
+        """Decorate the async function `fn`: every call of it is retried."""
+        if not self._direct:
+            return super().__call__(fn)
+        require_async(fn, self)
+
+        @functools.wraps(fn)
+        async def retried(*args: P.args, **kwargs: P.kwargs) -> T:  # call() once more, one wrapper cheaper
+            try:
+                return await fn(*args, **kwargs)
+            except Exception as error:
+                attempts = Attempts(self)
+                if not attempts.failed(error):
+                    raise
+            return await _repeat(attempts, fn, args, kwargs)
+
+        return retried
+
+
+class Attempts:
+    """The attempts of one call, made by `retrier.attempts()` to retry a block.
+
+        async for attempt in retrier.attempts():
+            with attempt:
+                reply = await ask()
+        use(reply)
+
+    An error inside `with attempt` that may be retried is held back, and the loop goes round again after the delay; any
+    other is raised. So the loop ends after the first attempt without an error, and what it assigned is the result;
+    `return` and `break` inside `with attempt` end it as well. The timeouts cut what runs inside `with attempt`. What
+    stands in the loop but outside of it is not cut, and runs after failures too.
+
+    `attempt.number` counts from 1.
+    """
+
+    def __init__(self, retrier: Retrier) -> None:
+        self.number = 0
+        self._retrier = retrier
+        self._state: Literal["waiting", "ready", "running", "over"] = "waiting"
+        self._deadline = math.inf  # of the whole call
+        self._scope: anyio.CancelScope | None = None  # of the attempt that runs, if it has a limit
+        self._delay = 0.0  # before the next attempt
+        self._failed_at = self._first_failed_at = 0.0
+        self._earlier: Exception | None = None  # the error before this attempt: the cause, should `timeout` cut it
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Self:
+        if self._state == "over":
+            raise StopAsyncIteration
+        if self._state != "waiting":
+            raise RuntimeError("an attempt was not made: enter it in each turn of the loop, `with attempt: ...`")
+        if self.number:
+            await self._wait()
+        else:
+            if self._retrier.budget is not None:
+                self._retrier.budget.record_call(now())
+            if self._retrier.policy.timeout is not None:
+                self._deadline = now() + self._retrier.policy.timeout
+        self.number += 1
+        self._state = "ready"
+        return self
+
+    async def _wait(self) -> None:
+        try:
+            await asyncio.sleep(self._delay)
+        except BaseException:  # the attempt that was granted will not be made
+            self._state, self._earlier = "over", None
+            if self._retrier.budget is not None:
+                self._retrier.budget.refund(self._failed_at)
+            raise
+
+    def __enter__(self) -> Self:
+        if self._state != "ready":
+            raise RuntimeError("an attempt is entered once, in its own turn of the loop")
+        self._state = "running"
+        deadline, limit = self._deadline, self._retrier.policy.attempt_timeout
+        if limit is not None:
+            deadline = min(deadline, now() + limit)
+        if deadline != math.inf:
+            self._scope = anyio.CancelScope(deadline=deadline)
+            self._scope.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool:
+        self._state = "over"
+        scope, self._scope = self._scope, None
+        earlier, self._earlier = self._earlier, None
+        if scope is not None and scope.__exit__(kind, error, traceback):
+            late = self._late(error, earlier)
+            if not self.failed(late):
+                raise late
+            return True
+        return isinstance(error, Exception) and self.failed(error)
+
+    def _late(self, cut: BaseException | None, earlier: Exception | None) -> CallTimeout:
+        """Return what to say of an attempt that a limit of ours cut."""
+        policy = self._retrier.policy
+        final = now() >= self._deadline
+        limit = policy.timeout if final else policy.attempt_timeout
+        late = CallTimeout(name=self._retrier.name, timeout=limit or math.inf)
+        late.__cause__ = earlier if final and earlier is not None else cut
+        return late
+
+    def failed(self, error: Exception) -> bool:
+        """Take in that the attempt failed with `error`, and return whether another one follows."""
+        self.number = self.number or 1  # the first attempt may have been made without this object
+        self._failed_at = now()
+        if self.number == 1:
+            self._first_failed_at = self._failed_at
+        delay = self._next_delay(error)
+        if isinstance(delay, str):
+            self._give_up(error, delay)
+            return False
+        self._state, self._delay = "waiting", delay
+        if self._deadline != math.inf:
+            self._earlier = error
+        notify(self._retrier.observer, Retrying(self._retrier.name, self.number, delay, error))
+        return True
+
+    def _next_delay(self, error: Exception) -> float | str:
+        """Return the delay before the next attempt, or the reason why there is none."""
+        retrier, policy = self._retrier, self._retrier.policy
+        if self._failed_at >= self._deadline:
+            return "its timeout is over"
+        if objection := retrier.rule.objection(error):
+            return objection
+        if self.number > policy.max_retries:
+            return f"max_retries={policy.max_retries}"
+        asked = asked_delay(error)
+        if asked > policy.max_retry_after:
+            return f"it asks to wait {asked:g} s, more than max_retry_after={policy.max_retry_after:g}"
+        delay = max(asked, retrier.delay_for(self.number))
+        if self._failed_at + delay >= min(self._deadline, anyio.current_effective_deadline()):
+            return f"the next attempt, in {delay:.3g} s, would come after the deadline"
+        if retrier.budget is not None and not retrier.budget.try_spend(self._failed_at):
+            return "the retry budget is spent"
+        return delay
+
+    def _give_up(self, error: Exception, reason: str) -> None:
+        retrier = self._retrier
+        if self.number > 1 or reason is not NOT_COVERED:  # what is none of our business stays as it is
+            waited = f"s, {self._failed_at - self._first_failed_at:.3g} s after the first failure"
+            start = f"{retrier.name}: gave up after "
+            _notes.put(error, start, f"{self.number} attempt{waited if self.number > 1 else ''}: {reason}")
+        notify(retrier.observer, GaveUp(retrier.name, self.number, reason, error))
+
+
+async def _repeat(attempts: Attempts, fn: Callable[..., Awaitable[T]], args: Any, kwargs: Mapping[str, Any]) -> T:
+    while True:
+        with await anext(attempts):
+            return await fn(*args, **kwargs)
