@@ -1,0 +1,75 @@
+"""Presence: nodes verify that others are there, and spread the news of those who are not.
+
+Verifying is limited to one ping per peer and window; who asks more often gets the last answer. News is heard from
+several nodes at once, and passed on once.
+"""
+
+import anyio
+import msgspec
+
+from meshkit import DedupCache, Message, MeshkitError, RateLimiter, Service, broadcast, handles, request
+
+
+class News(msgspec.Struct, frozen=True):
+    """Somebody has gone silent, or is back."""
+
+    about: str
+    present: bool
+
+
+PING = request("presence:ping", None, reply=bool)
+NEWS = broadcast("presence:news", News)
+
+
+class Presence(Service):
+    """Knows who is there."""
+
+    name, emoji = "presence", "👋"
+
+    def __init__(self, *, every: float = 1.0) -> None:
+        self.every = every
+        self.pings = RateLimiter(max_count=1, window=every, name="pings per peer")
+        self.gossip = DedupCache(ttl=5 * every, name="news")
+        self.silent: set[str] = set()
+        self.repeated = 0
+
+    async def start(self) -> None:
+        """Look around for as long as this node is up."""
+        self.spawn(self.look_around)
+
+    async def look_around(self) -> None:
+        """Verify every peer in turn, and tell the others of any change."""
+        while True:
+            for peer in sorted(self.rt.peers):
+                present = await self.verify(peer)
+                if present is (peer in self.silent):
+                    await self.rt.emit(NEWS, News(peer, present))
+            await anyio.sleep(self.every)
+
+    async def verify(self, peer: str) -> bool:
+        """Say whether `peer` answers: by asking it, or from the last answer if it was asked a moment ago."""
+        return await self.pings.call_or_cached(peer, self.ping, peer)
+
+    async def ping(self, peer: str) -> bool:
+        """Ask `peer` for an answer."""
+        try:
+            return await self.rt.call(PING, None, to=peer, timeout=0.5)
+        except MeshkitError:
+            return False
+
+    @handles(PING)
+    async def pong(self, msg: Message[None]) -> bool:
+        """Answer."""
+        return True
+
+    @handles(NEWS)
+    async def hear(self, msg: Message[News]) -> None:
+        """Take note of news, the first time that it is heard."""
+        news = msg.payload
+        if not self.gossip.check(f"{news.about} {news.present}"):
+            self.repeated += 1
+            return
+        self.gossip.forget(f"{news.about} {not news.present}")
+        (self.silent.discard if news.present else self.silent.add)(news.about)
+        if news.about != self.rt.name:
+            self.log.info(f"{news.about} is {'back' if news.present else 'silent'}, says {msg.sender}")

@@ -1,0 +1,182 @@
+"""Stash: a node seals a file and leaves it with three confidants, who give it back when the node has lost its memory.
+
+The parts of the file are sealed with a key that only the owner has, so a confidant holds bytes that mean nothing to it.
+A confidant that goes silent is replaced: its breaker opens, and the file is entrusted to somebody else.
+"""
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+
+import anyio
+import msgspec
+
+from meshkit import (
+    CallTimeout,
+    CircuitBreaker,
+    Encryptor,
+    Message,
+    MeshkitError,
+    OutcomeUnknown,
+    Overloaded,
+    PerKey,
+    RateLimiter,
+    Reject,
+    RemoteError,
+    Retrier,
+    RetryPolicy,
+    Service,
+    Unreachable,
+    handles,
+    request,
+    stack,
+)
+
+
+class Part(msgspec.Struct, frozen=True):
+    """One sealed piece of a stash, number `number` of `of`."""
+
+    number: int
+    of: int
+    sealed: bytes
+
+
+class Recall(msgspec.Struct, frozen=True):
+    """Asks for one part of what the sender once left here."""
+
+    number: int
+
+
+STORE = request("stash:store", Part, reply=int)  # the reply: how many parts of the sender are here now
+CHECK = request("stash:check", int, reply=bool)  # are there so many parts of the sender here?
+RECALL = request("stash:recall", Recall, reply=Part)
+
+
+def is_passing(error: Exception) -> bool:
+    """Say what is worth another try with the same peer: no answer, too busy, or its plea for patience."""
+    return isinstance(error, OutcomeUnknown | Overloaded) or (isinstance(error, RemoteError) and error.retryable)
+
+
+class Stash(Service):
+    """Keeps this node's file with confidants, and keeps what others entrust to it."""
+
+    name, emoji = "stash", "📦"
+    wanted = 3
+
+    def __init__(self, secret: bytes) -> None:
+        self.encryptor = Encryptor.derive(secret, "examples.mesh stash")
+        self.kept: dict[str, dict[int, Part]] = {}  # what others left here, by owner
+        self.mine: list[Part] = []
+        self.confidants: set[str] = set()
+        self.opened = 0
+        self.healed = 0
+        self.storing = RateLimiter(max_count=200, window=1.0, name="parts per owner")
+        self.recalling = RateLimiter(max_count=200, window=1.0, name="recalls per owner")
+        self.breakers = PerKey(
+            lambda peer: CircuitBreaker(
+                failure_threshold=2,
+                reset_timeout=5.0,
+                trips_on=(OutcomeUnknown, Unreachable),
+                name=f"breaker of {peer}",
+            )
+        )
+        patience = RetryPolicy(max_retries=2, base_delay=0.1, max_delay=0.5)
+        self.retrier = Retrier(patience, on=is_passing, idempotent=True)  # to store a part twice is harmless
+
+    async def start(self) -> None:
+        """Look after the confidants for as long as this node is up."""
+        self.spawn(self.tend)
+
+    # --- as an owner -------------------------------------------------------------------------------------
+
+    async def put(self, chunks: AsyncIterable[bytes] | Iterable[bytes]) -> None:
+        """Seal a file and leave it with confidants."""
+        sealed = [part async for part in self.encryptor.seal_stream(chunks)]
+        self.mine = [Part(number, len(sealed), part) for number, part in enumerate(sealed)]
+        await self.find_confidants()
+
+    async def find_confidants(self) -> None:
+        """Entrust the file to as many peers as are wanted, or as there are."""
+        for peer in sorted(self.rt.peers):
+            if len(self.confidants) >= self.wanted:
+                return
+            if peer not in self.confidants and await self.entrust(peer):
+                self.confidants.add(peer)
+                self.log.event("entrust", self.rt.name, target=peer, message=f"left {len(self.mine)} parts")
+
+    async def entrust(self, peer: str) -> bool:
+        """Leave every part with `peer`; return whether it has them all."""
+        try:
+            for part in self.mine:
+                await self.ask(peer, part)
+        except MeshkitError as error:
+            self.log.warning("cannot leave it with this peer", peer=peer, error=str(error))
+            return False
+        return True
+
+    async def ask(self, peer: str, part: Part) -> None:
+        """Call STORE, retried, and through the breaker of this peer: each try counts there."""
+        guard = stack(self.retrier, self.breakers[peer])
+        await guard.call(self.rt.call, STORE, part, to=peer, timeout=0.5)
+
+    async def tend(self) -> None:
+        """Ask the confidants now and then whether they still have it; replace the one whose breaker has opened."""
+        while True:
+            await anyio.sleep(0.5)
+            for peer in sorted(self.confidants):
+                breaker = self.breakers[peer]
+                try:
+                    if not await breaker.call(self.rt.call, CHECK, len(self.mine), to=peer, timeout=0.5):
+                        self.confidants.discard(peer)
+                except CallTimeout:
+                    self.log.warning("no answer", peer=peer, breaker=breaker.state.value)
+                except MeshkitError as error:
+                    self.opened += 1
+                    self.confidants.discard(peer)
+                    self.log.warning("given up on a confidant", peer=peer, reason=str(error))
+            if self.mine and len(self.confidants) < self.wanted:
+                before = len(self.confidants)
+                await self.find_confidants()
+                self.healed += len(self.confidants) > before
+
+    def lose_memory(self) -> None:
+        """Forget everything but the key."""
+        self.kept, self.mine, self.confidants = {}, [], set()
+
+    async def recover(self, peer: str) -> bytes:
+        """Get the file back from `peer` alone."""
+        return b"".join([chunk async for chunk in self.encryptor.open_stream(self.recall(peer))])
+
+    async def recall(self, peer: str) -> AsyncIterator[bytes]:
+        """Yield the sealed parts that `peer` keeps for this node, in order."""
+        number, of = 0, 1
+        while number < of:
+            part = await self.retrier.call(self.rt.call, RECALL, Recall(number), to=peer, timeout=1.0)
+            number, of = number + 1, part.of
+            yield part.sealed
+
+    # --- as a confidant ----------------------------------------------------------------------------------
+
+    @handles(STORE)
+    async def store(self, msg: Message[Part]) -> int:
+        """Keep a part for its sender, within what one owner may ask for."""
+        if not self.storing.allow(msg.sender):
+            raise Reject("slow_down", "too many parts", retryable=True)
+        kept = self.kept.setdefault(msg.sender, {})
+        kept[msg.payload.number] = msg.payload
+        self.log.event("store", msg.sender, message=f"stored {len(msg.payload.sealed) / 1000:.1f} kB")
+        return len(kept)
+
+    @handles(CHECK)
+    async def check(self, msg: Message[int]) -> bool:
+        """Say whether every part is still here."""
+        return len(self.kept.get(msg.sender, ())) == msg.payload
+
+    @handles(RECALL)
+    async def give_back(self, msg: Message[Recall]) -> Part:
+        """Give a part back to whoever left it: nobody else can ask for it."""
+        if not self.recalling.allow(msg.sender):
+            raise Reject("slow_down", "too many recalls", retryable=True)
+        part = self.kept.get(msg.sender, {}).get(msg.payload.number)
+        if part is None:
+            raise Reject("not_found", f"no part {msg.payload.number} of {msg.sender} is here")
+        self.log.event("request", msg.sender)
+        return part
