@@ -50,18 +50,14 @@ class Group:
         self._firsts: dict[tuple[str, str | None], float] = {}
         self._known: set[str] | None = None  # the actors, once there is no room for new entries
 
-    def add(self, actor: str, message: str | None, count: int, now: float, max_entries: int) -> None:
-        """Count an event."""
-        self.last = now
-        entry = (actor, message)
-        counts = self.counts
-        if entry not in counts:
-            if len(counts) >= max_entries:
-                if self._known is None:
-                    self._known = {named for named, _ in counts}
-                entry = (actor if actor in self._known else OTHERS, None)
-            self._firsts.setdefault(entry, now)
-        counts[entry] = counts.get(entry, 0) + count
+    def enter(self, entry: tuple[str, str | None], count: int, now: float, max_entries: int) -> None:
+        """Count an event whose (actor, message) has no entry yet."""
+        if len(self.counts) >= max_entries:
+            if self._known is None:
+                self._known = {actor for actor, _ in self.counts}
+            entry = (entry[0] if entry[0] in self._known else OTHERS, None)
+        self._firsts.setdefault(entry, now)
+        self.counts[entry] = self.counts.get(entry, 0) + count
 
     def entries(self) -> Iterator[tuple[tuple[str, str | None], int, float]]:
         """Yield (actor, message), how many, and when first."""
@@ -76,8 +72,8 @@ class Group:
 class EventBatch:
     """Collects events into groups: `(event, now) -> the groups that are due`. Times in seconds, of any one clock.
 
-    Cost: a dict look-up or two per event. A group has one place in a heap, never later than it is due, which is put
-    right when it comes up: O(log groups), at most once a window per group, however many events there are.
+    Cost: two dict look-ups per event. A group has one place in a heap, never later than it is due, which is put right
+    when it comes up: O(log groups), at most once a window for each group, however many events there are.
     """
 
     def __init__(self, *, window: float, max_wait: float, max_groups: int, max_entries: int) -> None:
@@ -110,17 +106,22 @@ class EventBatch:
         self, key: Key, actor: str, message: str | None, count: int, fields: Mapping[str, object], now: float
     ) -> Group | None:
         """Count an event; return the group if this opened one (`next_due` comes nearer at no other time)."""
+        entry = (actor, message)
         group = self._groups.get(key)
         if group is not None:
-            group.add(actor, message, count, now, self._max_entries)
-            if group.fields and fields is not group.fields:
+            group.last = now
+            if entry in group.counts:
+                group.counts[entry] += count
+            else:
+                group.enter(entry, count, now, self._max_entries)
+            if fields is not group.fields and group.fields:
                 group.share(fields)
             return None
         if len(self._groups) >= self._max_groups:
             self._drop(key[0], count, now)
             return None
         group = self._groups[key] = Group(key, fields, now)
-        group.add(actor, message, count, now, self._max_entries)
+        group.enter(entry, count, now, self._max_entries)
         heapq.heappush(self._heap, (now + self._window, next(self._order), group))
         return group
 
@@ -128,9 +129,9 @@ class EventBatch:
         """Take out the groups that are due, in the order in which they fell due; at most `limit` of them."""
         taken: list[Group] = []
         while self._heap and self._heap[0][0] <= now and len(taken) != limit:
-            _, order, group = self._heap[0]
+            supposed, order, group = self._heap[0]
             when = min(group.last + self._window, group.opened + self._max_wait)
-            if when > now:
+            if when > supposed:
                 heapq.heapreplace(self._heap, (when, order, group))
             else:
                 heapq.heappop(self._heap)

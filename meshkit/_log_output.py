@@ -21,26 +21,26 @@ from meshkit.events import report
 
 __all__ = ["LEVELS", "Console", "LogLines", "LogOutput", "Service", "console_line", "stamp"]
 
-LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-_NOTHING = 50
+LEVELS = ("debug", "info", "warning", "error")
 
 
 class Service:
-    """What all logs of one service share. `threshold` sums it up: lines of a lower level are not shown."""
+    """What all logs of one service share: which levels are shown is decided here, not at every line."""
 
-    __slots__ = ("emoji", "enabled", "level", "name", "threshold", "verbose")
+    __slots__ = ("debug", "emoji", "enabled", "error", "info", "level", "name", "verbose", "warning")
 
-    def __init__(self, name: str, level: int, *, verbose: bool) -> None:
+    def __init__(self, name: str, level: str, *, verbose: bool) -> None:
         self.name = name
         self.emoji = ""
         self.level = level
         self.switch(enabled=True, verbose=verbose)
 
     def switch(self, *, enabled: bool, verbose: bool) -> None:
-        """Show nothing, or everything, or what the level says."""
+        """Show nothing, or all, or what `level` says."""
         self.enabled = enabled
         self.verbose = verbose
-        self.threshold = _NOTHING if not enabled else LEVELS["debug"] if verbose else self.level
+        least = len(LEVELS) if not enabled else 0 if verbose else LEVELS.index(self.level)
+        self.debug, self.info, self.warning, self.error = (number >= least for number in range(len(LEVELS)))
 
 
 class LogLines:
@@ -172,7 +172,7 @@ def console_line(fields: Mapping[str, Any], *, width: int = 0, colours: bool = F
     """
     service, emoji, level = str(fields.get("service", "")), fields.get("emoji", ""), fields["level"]
     known = _SHOWN | _IN_THE_SENTENCE if "event_type" in fields else _SHOWN
-    rest = [(key, _value(value)) for key, value in fields.items() if key not in known]
+    rest = [(_clean(key), _value(value)) for key, value in fields.items() if key not in known]
 
     def paint(code: str, text: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if colours and code else text

@@ -35,8 +35,6 @@ __all__ = ["EventFormatter", "LogEntry", "LogLevel", "Logger", "LoggerStats", "S
 LogLevel: TypeAlias = Literal["debug", "info", "warning", "error"]
 """How serious a line is; events are "info"."""
 
-_DEBUG, _INFO, _WARNING, _ERROR = LEVELS["debug"], LEVELS["info"], LEVELS["warning"], LEVELS["error"]
-
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
@@ -110,27 +108,27 @@ class ServiceLog:
 
     def debug(self, event: str, *args: object, **fields: object) -> None:
         """Write a line that matters only to who looks for a fault."""
-        if self._service.threshold <= _DEBUG:
+        if self._service.debug:
             self._line("debug", event, args, fields)
 
     def info(self, event: str, *args: object, **fields: object) -> None:
         """Write a line about what went as it should."""
-        if self._service.threshold <= _INFO:
+        if self._service.info:
             self._line("info", event, args, fields)
 
     def warning(self, event: str, *args: object, **fields: object) -> None:
         """Write a line about what somebody should look at."""
-        if self._service.threshold <= _WARNING:
+        if self._service.warning:
             self._line("warning", event, args, fields)
 
     def error(self, event: str, *args: object, **fields: object) -> None:
         """Write a line about what failed."""
-        if self._service.threshold <= _ERROR:
+        if self._service.error:
             self._line("error", event, args, fields)
 
     def exception(self, event: str, *args: object, **fields: object) -> None:
         """Write an error with the traceback of the exception that is being handled, or of `exc_info=error`."""
-        if self._service.threshold <= _ERROR:
+        if self._service.error:
             self._line("error", event, args, {"exc_info": True, **fields})
 
     def bind(self, **fields: object) -> "ServiceLog":
@@ -158,12 +156,12 @@ class ServiceLog:
         written at once. Cost: about 1 µs when batched.
         """
         service = self._service
-        if service.threshold > _INFO or (count != 1 and not _check.count("count", count, minimum=0)):
+        if not service.info or (count != 1 and not _check.count("count", count, minimum=0)):
             return
         key = (service.name, event_type, target)
         if instant or service.verbose or not self._batch.add(key, actor, message, count, self._fields):
             group = Group(key, self._fields, wall())
-            group.add(actor, message, count, group.opened, 1)
+            group.enter((actor, message), count, group.opened, 1)
             self._write_event(group, instant)
 
     def _line(self, level: LogLevel, event: str, args: tuple[object, ...], fields: dict[str, object]) -> None:
@@ -222,7 +220,7 @@ class Logger:
         )
         self._batch_window = window
         self._batch = TimedBatch(batch, self._write_groups)
-        self._level = LEVELS[level]
+        self._level = level
         self._all_verbose = verbose is True
         self._node = node
         self._follows_app = output is None
