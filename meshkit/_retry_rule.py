@@ -8,6 +8,7 @@
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
@@ -72,9 +73,13 @@ def asked_delay(error: Exception) -> float:
         return max(map(asked_delay, _members(error)))
     try:
         asked: object = getattr(error, "retry_after", None)
+        if isinstance(asked, bool) or not isinstance(asked, int | float):
+            return 0.0
+        return max(0.0, float(asked))  # in this order: for NaN that is 0.0
+    except OverflowError:
+        return math.inf
     except Exception:  # noqa: BLE001 - a property of somebody's exception
         return 0.0
-    return asked if isinstance(asked, int | float) and asked > 0 else 0.0  # NaN is not more than 0
 
 
 def _members(group: Any) -> tuple[Exception, ...]:

@@ -23,8 +23,7 @@ from typing import Any, ClassVar, Literal, ParamSpec, Self, TypeVar
 import anyio
 
 from meshkit import _check, _notes
-from meshkit._retry_budget import RetryBudget as RetryBudget
-from meshkit._retry_budget import RetryBudgetStats as RetryBudgetStats
+from meshkit._retry_budget import RetryBudget as RetryBudget, RetryBudgetStats as RetryBudgetStats
 from meshkit._retry_rule import NOT_COVERED, On, RetryRule, asked_delay
 from meshkit._time import now
 from meshkit.errors import CallTimeout
