@@ -324,6 +324,11 @@ class UnknownSender(Untrusted):
 class MalformedFrame(Untrusted):
     """The bytes are not a frame that this version understands."""
 
+    reason: str = ""
+
+    def _sentence(self) -> str:
+        return f"the bytes are not what was declared: {self.reason}" if self.reason else super()._sentence()
+
 
 # --- Closed ------------------------------------------------------------------------------------------------
 
