@@ -23,20 +23,31 @@ import types
 import typing
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar, cast, overload
+from typing import Any, Generic, TypeVar, overload
 
 import msgspec
 
-from meshkit.runtime.message import Message
+from meshkit.runtime.message import Message, check_name
 
-__all__ = ["Behavior", "Broadcast", "Local", "Reject", "Request", "broadcast", "handles", "local", "request"]
+__all__ = [
+    "Behavior",
+    "Broadcast",
+    "Local",
+    "Reject",
+    "Request",
+    "behaviors_of",
+    "broadcast",
+    "handles",
+    "local",
+    "request",
+]
 
 P = TypeVar("P")
 R = TypeVar("R")
 S = TypeVar("S")
 
 
-class Reject(Exception):  # noqa: N818 - named by what the handler does: `raise Reject("not_found")`
+class Reject(Exception):
     """Raised by a handler to fail a call on purpose, with a `code` that its caller can act upon.
 
     The caller gets a `RemoteError` with this `code`, `detail` and `retryable`. Of any other exception it learns no more
@@ -45,9 +56,9 @@ class Reject(Exception):  # noqa: N818 - named by what the handler does: `raise 
 
     def __init__(self, code: str, detail: str = "", *, retryable: bool = False) -> None:
         super().__init__(code, detail)
-        self.code = code
-        self.detail = detail
-        self.retryable = retryable
+        self.code = check_name("the code of a Reject", code)
+        self.detail = str(detail)
+        self.retryable = bool(retryable)
 
     def __str__(self) -> str:
         return f"{self.code}: {self.detail}" if self.detail else self.code
@@ -60,14 +71,11 @@ class Behavior(Generic[P]):
     Made by `local`, `broadcast` or `request`. Equal declarations are the same behavior.
     """
 
-    goes: ClassVar[str] = "nowhere"
-
     kind: str
     payload: type[P]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.kind, str) or not self.kind or any(c.isspace() for c in self.kind):
-            raise ValueError(f"kind must be a name without spaces, such as 'stash:store', not {self.kind!r}")
+        check_name("the kind of a behavior", self.kind)
         self._require_type("payload", self.payload)
 
     def _require_type(self, what: str, declared: object) -> None:
@@ -84,7 +92,7 @@ class Behavior(Generic[P]):
         return msgspec.msgpack.Decoder(self.payload)
 
     def prepare(self) -> None:
-        """Raise an error if its types cannot travel."""
+        """Raise an error if its types cannot travel, and have to."""
         _ = self.decoder
 
     @functools.cached_property
@@ -101,21 +109,18 @@ class Behavior(Generic[P]):
 class Local(Behavior[P]):
     """A kind that never leaves its node: handlers get the very object that was emitted."""
 
-    goes: ClassVar[str] = "to the handlers on this node"
+    def prepare(self) -> None:
+        """Do nothing: any type will do."""
 
 
 @dataclass(frozen=True, repr=False)
 class Broadcast(Behavior[P]):
     """A kind that goes to every node, the one that emits it included; or to the one node that `emit` names."""
 
-    goes: ClassVar[str] = "to every node"
-
 
 @dataclass(frozen=True, repr=False)
 class Request(Behavior[P], Generic[P, R]):
     """A kind that asks one node, which answers with a reply."""
-
-    goes: ClassVar[str] = "to one node, which replies"
 
     reply: type[R]
 
@@ -148,7 +153,7 @@ class Request(Behavior[P], Generic[P, R]):
 def _checkable(declared: object) -> Any:
     """Return what `isinstance` can check `declared` by: list for list[int]; object, where nothing can."""
     for candidate in (declared, typing.get_origin(declared)):
-        if isinstance(candidate, type) and candidate not in {types.UnionType, typing.Annotated}:
+        if isinstance(candidate, type) and candidate not in {Any, types.UnionType, typing.Annotated}:
             with contextlib.suppress(TypeError):  # parametrised, or a protocol: not for isinstance
                 isinstance(None, candidate)
                 return candidate
@@ -204,4 +209,5 @@ def handles(behavior: Behavior[Any], /) -> Callable[[Any], Any]:
 
 def behaviors_of(method: object) -> tuple[Behavior[Any], ...]:
     """Return the behaviors that `method` was marked to handle."""
-    return cast("tuple[Behavior[Any], ...]", getattr(method, "_meshkit_handles", ()))
+    behaviors: tuple[Behavior[Any], ...] = getattr(method, "_meshkit_handles", ())
+    return behaviors

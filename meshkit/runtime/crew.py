@@ -1,4 +1,4 @@
-"""Crews: the named tasks of one service, restarted when they fail, and ended together."""
+"""Crews: the tasks of one service. They have names, are restarted when they fail, and end together."""
 
 import asyncio
 import contextvars
@@ -12,81 +12,86 @@ __all__ = ["Crew", "Restarts"]
 
 
 class Restarts:
-    """How often a task may be restarted: `max_restarts` times in any `restart_window` seconds.
+    """How often one task may be restarted: `max_restarts` times in any `restart_window` seconds.
 
-    The delay before a restart doubles with each one in the window. It is capped such that a task that always fails at
-    once reaches the limit.
+    The delay before a restart doubles with each one in the window, from `FIRST_DELAY`. It is capped such that a task
+    that always fails at once does reach the limit.
     """
 
-    def __init__(self, max_restarts: int, restart_window: float, first_delay: float = 0.1) -> None:
+    FIRST_DELAY = 0.1
+
+    def __init__(self, max_restarts: int, restart_window: float) -> None:
         self._max = max_restarts
         self._window = restart_window
-        self._first = first_delay
-        self._cap = restart_window / (2 * max_restarts) if max_restarts else 0.0
         self._at: deque[float] = deque()
 
-    def next(self, now: float) -> float | None:
-        """Return how long to wait before the restart that is due `now`; None if there have been too many."""
+    def delay(self, now: float) -> float | None:
+        """Count a restart and return the seconds to wait before it; None if there have been too many."""
         while self._at and self._at[0] <= now - self._window:
             self._at.popleft()
         if len(self._at) >= self._max:
             return None
         self._at.append(now)
-        return min(self._cap, self._first * 2.0 ** min(len(self._at) - 1, 60))
+        return min(self.FIRST_DELAY * 2.0 ** (len(self._at) - 1), self._window / (2 * self._max))
 
 
 class Crew:
     """The tasks of one service, each named `<prefix>:<what>`.
 
-    They run in the context that the crew was made in, not in that of whoever happens to cause them.
+    They run in the context in which the crew was made, not in that of whoever happens to cause them.
+    `on_failure(what, error, delay)` is told each failure of a supervised task; the delay is None when it was the last.
     """
 
-    PATIENCE = 1.0
-    """Seconds that a cancelled task has to end, before it is cancelled again; after the third time it is given up."""
-
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, on_failure: Callable[[str, Exception, float | None], None]) -> None:
         self._prefix = prefix
+        self._on_failure = on_failure
         self._context = contextvars.copy_context()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._ended = False
 
     def __contains__(self, task: object) -> bool:
         return task in self._tasks
 
-    def spawn(self, coro: Coroutine[Any, Any, None], what: str) -> "asyncio.Task[None]":
-        """Run `coro` in a task of its own."""
+    def spawn(self, run: Callable[[], Coroutine[Any, Any, None]], what: str) -> "asyncio.Task[None]":
+        """Run `run()` in a task of its own."""
         name = f"{self._prefix}:{what}"
-        task = asyncio.get_running_loop().create_task(coro, name=name, context=self._context.copy())
+        if self._ended:
+            raise RuntimeError(f"{name} cannot begin: its service has stopped")
+        task = asyncio.get_running_loop().create_task(run(), name=name, context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def end(self) -> list[str]:
-        """Cancel every task and wait for all of them; return the names of those that refuse to end."""
+    def supervise(
+        self, run: Callable[[], Coroutine[Any, Any, object]], what: str, restarts: Restarts
+    ) -> "asyncio.Task[None]":
+        """Run `run()` in a task of its own, again when it raises, until it returns or `restarts` has no more."""
+
+        async def supervised() -> None:
+            while True:
+                try:
+                    await run()
+                    return
+                except Exception as error:  # noqa: BLE001 - whatever a background task raises is its failure
+                    delay = restarts.delay(_time.now())
+                    self._on_failure(what, error, delay)
+                if delay is None:
+                    return
+                await asyncio.sleep(delay)
+
+        return self.spawn(supervised, what)
+
+    async def end(self, patience: float) -> list[str]:
+        """Cancel every task and wait for `patience` seconds, half-way cancelling again those that go on.
+
+        Returns:
+            The names of the tasks that refuse to end.
+        """
+        self._ended = True
         left = set(self._tasks)
-        for _ in range(3):
+        for _ in range(2):
             for task in left:
                 task.cancel()
             if left:
-                _, left = await asyncio.wait(left, timeout=self.PATIENCE)
+                _, left = await asyncio.wait(left, timeout=patience / 2)
         return sorted(task.get_name() for task in left)
-
-
-async def supervise(
-    run: Callable[[], Coroutine[Any, Any, object]],
-    restarts: Restarts,
-    on_failure: Callable[[Exception, float | None], None],
-) -> None:
-    """Run `run()`, again after a delay when it raises, until it returns or there have been too many restarts.
-
-    Each failure is told to `on_failure(error, delay)`; the delay is None when it was the last one.
-    """
-    while True:
-        try:
-            await run()
-            return
-        except Exception as error:  # noqa: BLE001 - whatever a background task raises is its failure
-            delay = restarts.next(_time.now())
-            on_failure(error, delay)
-        if delay is None:
-            return
-        await asyncio.sleep(delay)

@@ -1,25 +1,28 @@
 """The graph: which method of which service handles which behavior, checked before anything runs."""
 
+import functools
 import inspect
-from collections.abc import Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from meshkit import _check
 from meshkit.runtime.behavior import Behavior, Local, Request, behaviors_of
+from meshkit.runtime.mailbox import Mailbox
+from meshkit.runtime.message import check_name
 from meshkit.runtime.service import Service
 
 __all__ = ["Graph", "Handler"]
 
 
-B = TypeVar("B", bound=Behavior[Any])
-
-
-class Handler(Generic[B]):
+class Handler:
     """One method of one service, for one behavior."""
 
-    __slots__ = ("behavior", "method", "service")
+    __slots__ = ("behavior", "mailbox", "method", "service")
 
-    def __init__(self, service: Service, method: Any, behavior: B) -> None:
+    mailbox: Mailbox[Any]
+    """Where its messages wait; set when the node starts."""
+
+    def __init__(self, service: Service, method: Any, behavior: Any) -> None:
         self.service = service
         self.method = method
         self.behavior = behavior
@@ -29,7 +32,7 @@ class Handler(Generic[B]):
 
 
 class Graph:
-    """The handlers of a node by kind: of requests one each, of other kinds any number.
+    """The handlers of a node by kind: one for each request, any number for other kinds.
 
     Raises:
         ValueError: Something is declared wrongly; the message names every fault, with its service and kind.
@@ -37,84 +40,93 @@ class Graph:
 
     def __init__(self, node: str, services: Sequence[Service]) -> None:
         self.services = tuple(services)
-        self.requests: dict[str, Handler[Any]] = {}
-        self.local: dict[str, list[Handler[Any]]] = {}
-        self.events: dict[str, list[Handler[Any]]] = {}
-        faults = [*_faults_of_services(services)]
+        self.handlers: list[Handler] = []
+        self.requests: dict[str, Handler] = {}
+        self.broadcasts: dict[str, list[Handler]] = {}
+        self._local: dict[str, list[Handler]] = {}
+        faults = list(_faults_of_services(services))
         if not faults:
             faults = [fault for service in services for fault in self._add(service)]
         if faults:
             raise ValueError("\n  ".join([f"node {node!r} cannot start:", *faults]))
 
+    def local_handlers(self, behavior: Local[Any]) -> Sequence[Handler]:
+        """Return the handlers of a local kind, which must declare it as it is emitted."""
+        handlers = self._local.get(behavior.kind, ())
+        for handler in handlers:
+            if handler.behavior is not behavior and handler.behavior != behavior:
+                raise ValueError(f"{behavior!r} is emitted, but {handler!r} handles {handler.behavior!r}")
+        return handlers
+
     def _add(self, service: Service) -> Iterator[str]:
-        seen: dict[str, str] = {}
+        """Add the handlers of a service; yield what is wrong with them."""
         for name, method, behaviors in _marked_methods(type(service)):
             where = f"service {service.name!r}: {name}()"
             yield from (f"{where} {fault}" for fault in _faults_of_signature(method))
             for behavior in behaviors:
                 handler = Handler(service, getattr(service, name), behavior)
-                faults = list(self._faults_of(handler))
-                if behavior.kind in seen:
-                    faults.append(f"is already handled by {seen[behavior.kind]}() of the same service")
-                seen[behavior.kind] = name
-                yield from (f"{where}: {behavior.kind!r} {fault}" for fault in faults)
+                yield from (f"{where}: {behavior.kind!r} {fault}" for fault in self._faults_of(handler))
+                self.handlers.append(handler)
                 if isinstance(behavior, Request):
-                    self.requests.setdefault(behavior.kind, handler)
+                    self.requests[behavior.kind] = handler
                 else:
-                    of_sort = self.local if isinstance(behavior, Local) else self.events
-                    of_sort.setdefault(behavior.kind, []).append(handler)
+                    by_kind = self._local if isinstance(behavior, Local) else self.broadcasts
+                    by_kind.setdefault(behavior.kind, []).append(handler)
 
-    def _faults_of(self, handler: Handler[Any]) -> Iterator[str]:
-        behavior = handler.behavior
-        for other in self.handlers_of(behavior.kind):
+    def _faults_of(self, handler: Handler) -> Iterator[str]:
+        behavior: Behavior[Any] = handler.behavior
+        for other in self.handlers:
+            if other.behavior.kind != behavior.kind:
+                continue
             if other.behavior != behavior:
                 yield f"is declared as {behavior!r} here, and as {other.behavior!r} for {other!r}"
-            elif isinstance(behavior, Request) and other.service is not handler.service:
-                yield f"is a request, which one service answers, and {other!r} does already"
-        if not isinstance(behavior, Local):
-            try:
-                behavior.prepare()
-            except Exception as error:  # noqa: BLE001 - msgspec and the annotations it evaluates raise many kinds
-                yield f"cannot travel: {error}"
-
-    def handlers_of(self, kind: str) -> list[Handler[Any]]:
-        """Return all handlers of `kind`."""
-        one = self.requests.get(kind)
-        return [*([one] if one else ()), *self.local.get(kind, ()), *self.events.get(kind, ())]
+            elif other.service is handler.service or isinstance(behavior, Request):
+                yield f"is handled by {other!r} already"
+        try:
+            behavior.prepare()
+        except Exception as error:  # noqa: BLE001 - msgspec and the annotations that it evaluates raise many kinds
+            yield f"cannot travel: {error}"
 
 
-def _faults_of_services(services: Sequence[Service]) -> Iterator[str]:
-    names: set[str] = set()
+def _faults_of_services(services: Sequence[object]) -> Iterator[str]:
+    names = {"runtime"}  # the runtime logs under this name itself
     for service in services:
         if not isinstance(service, Service):
-            yield f"{service!r} is not a Service: pass instances of its subclasses"
+            yield f"{service!r} is not a service: pass instances of subclasses of Service"
             continue
-        name = getattr(service, "name", None)
-        if not isinstance(name, str) or not name:
-            yield f"{type(service).__name__} has no name: say name = ... in the class"
-        elif name in names or name == "runtime":
-            yield f"service {name!r}: {'the runtime itself has that name' if name == 'runtime' else 'there are two'}"
-        else:
-            names.add(name)
-        for limit in ("max_mailbox", "max_concurrent"):
-            yield from _fault(service, limit, _check.count)
-        yield from _fault(service, "max_restarts", lambda n, v: _check.count(n, v, minimum=0))
-        for timeout in ("start_timeout", "stop_timeout", "restart_window"):
-            yield from _fault(service, timeout, _check.duration)
-
-
-def _fault(service: Service, attribute: str, check: Any) -> Iterator[str]:
-    try:
-        check(attribute, getattr(service, attribute))
-    except (TypeError, ValueError) as error:
-        yield f"service {getattr(service, 'name', '?')!r}: {error}"
+        try:
+            name = check_name(f"the name of {type(service).__name__}", getattr(service, "name", None))
+        except ValueError as error:
+            yield str(error)
+            continue
+        if name in names:
+            yield f"service {name!r}: the name is taken"
+        if service.crew is not None:
+            yield f"service {name!r}: this object runs already; each runtime needs one of its own"
+        names.add(name)
+        checks: dict[str, Callable[[str, Any], object]] = {
+            "max_mailbox": _check.count,
+            "max_concurrent": _check.count,
+            "max_restarts": functools.partial(_check.count, minimum=0),
+            "restart_window": _check.duration,
+            "start_timeout": _check.duration,
+            "stop_timeout": _check.duration,
+        }
+        for attribute, check in checks.items():
+            try:
+                check(attribute, getattr(service, attribute))
+            except (TypeError, ValueError) as error:
+                yield f"service {name!r}: {error}"
+        for hook, waits in (("init", False), ("start", True), ("stop", True)):
+            if inspect.iscoroutinefunction(getattr(service, hook)) is not waits:
+                yield f"service {name!r}: {hook}() must {'' if waits else 'not '}be `async def`"
 
 
 def _marked_methods(service: type[Service]) -> Iterator[tuple[str, Any, tuple[Behavior[Any], ...]]]:
     """Yield each method that handles something. One that overrides another handles what that one was marked with."""
     for name in sorted({name for base in service.__mro__ for name in vars(base)}):
         found = [vars(base)[name] for base in service.__mro__ if name in vars(base)]
-        behaviors = next(filter(None, map(behaviors_of, found)), ())
+        behaviors = next((marks for method in found if (marks := behaviors_of(method))), ())
         if behaviors and found[0] is not None:
             yield name, found[0], behaviors
 

@@ -1,7 +1,7 @@
 """Homes: a task of its own for what has to be held open from elsewhere.
 
-An `async with` around a task group must be left by the task that entered it. A pytest fixture, an ASGI lifespan or a REPL
-enters in one task and leaves in another. So the runtime lives in a task of its own, and others ask it to open and close.
+A task group, or a cancel scope, must be left by the task that entered it. A pytest fixture, an ASGI lifespan or a REPL
+may enter in one task and leave in another. So the runtime lives in a task of its own, which others open and close.
 """
 
 import asyncio

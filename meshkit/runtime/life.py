@@ -1,6 +1,7 @@
 """A life: one run of a node, from its start to its stop. `Life.live` reads from top to bottom."""
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,10 @@ class Life:
         self._grace = grace
         self._on_failure = on_failure
         self._end_of_log = end_of_log
-        self._crews = {service.name: Crew(f"meshkit:{node}:{service.name}") for service in graph.services}
+        self._crews = {
+            service.name: Crew(f"meshkit:{node}:{service.name}", functools.partial(self._on_task_failure, service))
+            for service in graph.services
+        }
         self._started: list[Service] = []
         self.router = Router(node, graph, self._crews, transport, self._log)
         self.home = Home(f"meshkit:{node}:runtime:home", self._live)
@@ -68,9 +72,11 @@ class Life:
             if self.failure is None:
                 raise
         finally:
+            self.router.draining = True
             for service in reversed(self._graph.services):
                 await self._stop(service)
-            await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "close() of the transport")
+            self.router.dispatcher.close()
+            await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "closing the transport")
             self._finish()
         if self.failure is not None:
             raise self.failure
@@ -81,8 +87,7 @@ class Life:
         for service in self._graph.services:
             service.rt = self._runtime
             service.log = self._runtime.logger.service(service.name, emoji=service.emoji or None)
-            service._crew = self._crews[service.name]
-            service._escalate = self._escalate
+            service.crew = self._crews[service.name]
             try:
                 service.init()
             except Exception as error:
@@ -94,16 +99,19 @@ class Life:
         except Exception as error:
             raise self._failed(service, "start()") from error
         self._started.append(service)
-        self.router.mailboxes[service.name].open()
+        self.router.dispatcher.open_mailbox(service.name)
 
     def _failed(self, service: Service, what: str) -> ServiceFailed:
         return ServiceFailed(node=self.node, service=service.name, what=what)
 
-    def _escalate(self, service: Service, what: str, error: Exception) -> None:
-        """Let the node stop because of a background task that keeps failing."""
-        service.log.exception("%s failed too often: node %r stops", what, self.node, exc_info=error)
+    def _on_task_failure(self, service: Service, what: str, error: Exception, delay: float | None) -> None:
+        """Log the failure of a background task; without a `delay` there is no restart, and the node stops."""
+        if delay is not None:
+            service.log.error("task %r failed, and runs again in %.3g s", what, delay, exc_info=error)
+            return
+        service.log.error("task %r failed too often: node %r stops", what, self.node, exc_info=error)
         if self.failure is None:
-            self.failure = self._failed(service, what)
+            self.failure = self._failed(service, f"task {what!r}")
             self.failure.__cause__ = error
         if self.home.is_open:
             self.home.ask_to_close()
@@ -116,20 +124,20 @@ class Life:
     async def _drain(self) -> None:
         self.router.draining = True
         with anyio.move_on_after(self._grace):
-            await self.router.quiet()
+            await self.router.dispatcher.quiet()
 
     async def _stop(self, service: Service) -> None:
         """Cut what its handlers have not finished, end its background tasks, then let it clean up."""
-        self.router.close_mailbox(service.name)
-        await self._step(self._end_crew(service), "its tasks", service)
+        self.router.dispatcher.close_mailbox(service.name)
+        await self._step(self._end_crew(service), "ending its tasks", service)
         if service in self._started:
             await self._step(_within(service.stop_timeout, service.stop), "stop()", service)
-        service._crew = None
+        service.crew = None
 
     async def _end_crew(self, service: Service) -> None:
-        left = await self._crews[service.name].end()
+        left = await self._crews[service.name].end(service.stop_timeout)
         if left:
-            service.log.error("these tasks ignored that they were cancelled, and are left: %s", ", ".join(left))
+            service.log.error("tasks that ignored their cancellation are left behind: %s", ", ".join(left))
 
     async def _step(self, step: Coroutine[Any, Any, None], what: str, service: Service | None = None) -> None:
         log = self._log if service is None else service.log
@@ -137,9 +145,9 @@ class Life:
             await step
         except asyncio.CancelledError:
             _uncancel()
-            log.warning("%s of node %r was cut short", what, self.node)
-        except Exception as error:  # noqa: BLE001 - the end goes on, whatever fails in it
-            log.exception("%s of node %r failed", what, self.node)
+            log.warning("node %r stops: %s was cut short", self.node, what)
+        except Exception as error:
+            log.exception("node %r stops: %s failed", self.node, what)
             if self.failure is None and service is not None:
                 self.failure = self._failed(service, what)
                 self.failure.__cause__ = error
@@ -147,9 +155,9 @@ class Life:
     def _finish(self) -> None:
         self.over = True
         self.router.close()
-        if self.router.cut:
-            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.router.cut.items()))
-            self._log.warning("node %r stopped before these messages were handled: %s", self.node, kinds)
+        if self.router.counts.cut:
+            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.router.counts.cut.items()))
+            self._log.warning("node %r stopped before it had handled: %s", self.node, kinds)
         self._end_of_log()
 
 

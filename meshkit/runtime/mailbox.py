@@ -32,7 +32,7 @@ class Mailbox(Generic[T]):
         self,
         name: str,
         run: Callable[[T], Coroutine[Any, Any, None]],
-        spawn: Callable[[Coroutine[Any, Any, None], str], "asyncio.Task[None]"],
+        spawn: Callable[[Callable[[], Coroutine[Any, Any, None]], str], "asyncio.Task[None]"],
         *,
         max_mailbox: int,
         max_concurrent: int,
@@ -75,8 +75,7 @@ class Mailbox(Generic[T]):
         """
         if self.try_reserve():
             return
-        if self.closed:
-            raise Closed(name=self.name)
+        self.check_open()
         if asyncio.current_task() in self._workers:
             raise Overloaded(name=self.name, limit=self.max_mailbox)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -87,6 +86,11 @@ class Mailbox(Generic[T]):
             if self._waiters.pop(place, self) is self and not place.cancelled():  # it was given, and nobody will use it
                 self.release()
             raise
+
+    def check_open(self) -> None:
+        """Raise `Closed` if it is closed."""
+        if self.closed:
+            raise Closed(name=self.name)
 
     def release(self) -> None:
         """Give back a place that was reserved."""
@@ -132,7 +136,7 @@ class Mailbox(Generic[T]):
             self._idle.set_result(None)
         elif len(self._workers) < self._max_concurrent:
             self._started += 1
-            self._workers.add(self._spawn(self._work(), f"worker-{self._started}"))
+            self._workers.add(self._spawn(self._work, f"worker-{self._started}"))
         else:
             return
         self._waking = True
@@ -150,7 +154,7 @@ class Mailbox(Generic[T]):
                 finally:
                     self._idle = None
         finally:
-            self._workers.discard(asyncio.current_task())  # type: ignore[arg-type]  # there is one: this
+            self._workers = {task for task in self._workers if task is not asyncio.current_task()}
             self._waking = False
             if self._items and not self.closed:  # a handler cancelled its own worker: the others go on
                 self._wake()

@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-__all__ = ["Message"]
+__all__ = ["Message", "check_name", "new_id"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -30,6 +30,13 @@ class Message(msgspec.Struct, Generic[T_co], frozen=True):
     """When it was sent, in seconds since the Unix epoch by the sender's clock."""
     deadline: float = math.inf
     """When its caller gives up and the handler is cancelled, on this loop's clock; infinite where nobody waits."""
+
+
+def check_name(what: str, name: object) -> str:
+    """Return `name`, which must be text without spaces, since it becomes part of task names, errors and log lines."""
+    if not isinstance(name, str) or not name or any(character.isspace() for character in name):
+        raise ValueError(f"{what} must be text without spaces, not {name!r}")
+    return name
 
 
 def new_id() -> str:

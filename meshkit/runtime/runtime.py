@@ -27,6 +27,7 @@ from meshkit.logger import Logger, ServiceLog
 from meshkit.runtime.behavior import Broadcast, Local, Request
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.life import Life
+from meshkit.runtime.message import check_name
 from meshkit.runtime.service import Service, ServiceFailed
 from meshkit.runtime.stats import RuntimeStats
 from meshkit.runtime.transport import Alone, Transport
@@ -40,8 +41,8 @@ R = TypeVar("R")
 class Runtime:
     """One node: services, and the messages between them and those of other nodes.
 
-    `async with` it, or `await rt.start()` and `await rt.stop()`, from any tasks: it lives in a task of its own. It may be
-    started again when it has stopped.
+    `async with` it, or `await rt.start()` and `await rt.stop()`, from any tasks: it lives in a task of its own. When it
+    has stopped, it may be started again.
 
     Args:
         name: What the node is called, by other nodes too.
@@ -64,18 +65,20 @@ class Runtime:
         verbose_loggers: Iterable[str] = (),
         grace: float = 5.0,
     ) -> None:
-        if not isinstance(name, str) or not name or any(c.isspace() for c in name):
-            raise ValueError(f"name must be a name without spaces, not {name!r}")
-        self.name = name
+        self.name = check_name("the name of a node", name)
         self.services = tuple(services)
-        self._transport: Transport = transport or Alone()
+        self._transport: Transport = Alone() if transport is None else transport
         self._grace = _check.duration("grace", grace, zero=True)
-        self._new_logger = lambda: Logger(node=name, disabled=disabled_loggers, verbose=verbose_loggers)
+        self._loggers = (tuple(disabled_loggers), tuple(verbose_loggers))
         self._own_logger = logger is None
-        self.logger = logger or self._new_logger()
+        self.logger = self._new_logger() if logger is None else logger
         self._life: Life | None = None  # the present run, or the last one
         self._body: asyncio.Task[object] | None = None  # the task inside `async with`
         self._body_cancelled = False
+
+    def _new_logger(self) -> Logger:
+        disabled, verbose = self._loggers
+        return Logger(node=self.name, disabled=disabled, verbose=verbose)
 
     def __repr__(self) -> str:
         services = ", ".join(service.name for service in self.services)
@@ -98,8 +101,8 @@ class Runtime:
         """Send a message that nobody answers, and return its id.
 
         A local kind goes to the handlers on this node. This waits while the mailbox of one of them is full; cancelled
-        meanwhile, it has sent nothing. A broadcast goes to every node, this one included (`msg.sender` tells), or to the
-        node `to` alone; whoever has no room for it drops it, and counts it.
+        meanwhile, it has sent nothing. A broadcast goes to every node, this one included (`msg.sender` tells), or to
+        the node `to` alone; whoever has no room for it drops it, and counts it.
 
         Raises:
             TypeError: The payload is not of the declared type, or cannot be encoded.
@@ -121,8 +124,8 @@ class Runtime:
             MalformedFrame: It did not run: the other node declares another payload.
             CallTimeout: There was no reply in time; it may have run.
             PeerLost: The node went away meanwhile; it may have run.
-            RemoteError: It ran and failed. `code` is that of the handler's `Reject`, "internal" for any other exception, and
-                "bad_reply" where the reply is not what was declared.
+            RemoteError: It ran and failed. `code` is that of the handler's `Reject`, "internal" for any other
+                exception, and "bad_reply" where the reply is not what this node declares.
             Closed: The runtime has stopped, or did meanwhile.
         """
         return await self._running().router.call(behavior, payload, to, timeout)
@@ -173,10 +176,11 @@ class Runtime:
     async def stop(self) -> None:
         """Stop, and return when everything has ended. Harmless where it does not run.
 
-        Requests of other nodes are refused with `Draining`; handlers have `grace` seconds to finish what was accepted, then
-        they are cancelled; services stop in reverse order; calls that still wait fail with `Closed`. Cancelled meanwhile,
-        it hurries: it cuts what it is doing short, and passes that on when everything has ended. Called by a handler or
-        background task of its own, it does not wait, since it would wait for itself.
+        Requests of other nodes are refused with `Draining`; handlers have `grace` seconds to finish what was accepted,
+        then they are cancelled; services stop in reverse order; calls that still wait fail with `Closed`.
+
+        Cancelled meanwhile, it hurries: what it is doing is cut short, and when everything has ended, the cancellation
+        is passed on. Called by a handler or background task of its own it does not wait: it would wait for itself.
 
         Raises:
             ServiceFailed: A background task had failed too often, or the `stop` of a service failed.
@@ -218,8 +222,8 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         body, self._body = self._body, None
-        if self._body_cancelled and body is not None:
-            self._body_cancelled = False
+        cancelled, self._body_cancelled = self._body_cancelled, False
+        if cancelled and body is asyncio.current_task() and body is not None:
             body.uncancel()
         await self.stop()
 

@@ -1,23 +1,24 @@
 """Services: what a node is made of.
 
 >>> from meshkit.runtime.behavior import handles, local
+>>> from meshkit.runtime.message import Message
 >>> GREET = local("greeter:greet", str)
 >>> class Greeter(Service):
 ...     name, emoji = "greeter", "👋"
 ...
 ...     @handles(GREET)
-...     async def greet(self, msg):
-...         self.log.info(f"hello {msg.payload}")
+...     async def greet(self, msg: Message[str]) -> None:
+...         self.log.info("hello %s", msg.payload)
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVarTuple, Unpack
+from typing import TYPE_CHECKING, Any, TypeVarTuple
 
-from meshkit import _check
 from meshkit.errors import MeshkitError
-from meshkit.runtime.crew import Crew, Restarts, supervise
+from meshkit.runtime.crew import Crew, Restarts
 
 if TYPE_CHECKING:
     from meshkit.logger import ServiceLog
@@ -30,7 +31,7 @@ Ts = TypeVarTuple("Ts")
 
 @dataclass(eq=False, kw_only=True)
 class ServiceFailed(MeshkitError):
-    """A service could not be started, or one of its background tasks kept failing; `__cause__` says why."""
+    """A service could not start or stop, or one of its background tasks kept failing; `__cause__` says why."""
 
     node: str
     service: str
@@ -38,7 +39,7 @@ class ServiceFailed(MeshkitError):
 
     def _sentence(self) -> str:
         cause = "" if self.__cause__ is None else f": {type(self.__cause__).__name__}: {self.__cause__}"
-        return f"service {self.service!r} of node {self.node!r} failed in {self.what}{cause}"
+        return f"{self.what} of service {self.service!r} on node {self.node!r} failed{cause}"
 
 
 class Service:
@@ -50,65 +51,50 @@ class Service:
     """
 
     name: str
-    """What it is called, in logs, errors and names of tasks; unique in its runtime."""
+    """What it is called in logs, errors and names of tasks; unique in its runtime."""
     emoji: str = ""
     """What its log lines begin with."""
     max_mailbox: int = 1000
-    """Messages that may wait for its handlers. Beyond, calls are refused with `Overloaded`, local emits wait, and
+    """Messages that may wait for its handlers. Beyond: calls are refused with `Overloaded`, local emits wait,
     broadcasts are dropped and counted."""
     max_concurrent: int = 64
-    """Handlers of it that may run at the same time. They begin in the order in which the messages came; with 1, each
-    ends before the next begins."""
+    """Handlers of it that may run at a time. They begin in the order in which messages came; with 1, each ends before
+    the next one begins."""
     start_timeout: float = 30.0
     """Seconds that `start()` may take."""
     stop_timeout: float = 10.0
-    """Seconds that `stop()` may take."""
+    """Seconds that its tasks have to end when they are cancelled, and then `stop()`."""
     max_restarts: int = 5
-    """Restarts of one background task within `restart_window`; one more failure stops the runtime."""
+    """Restarts of a background task within `restart_window`; one failure more, and the runtime stops."""
     restart_window: float = 60.0
     """Seconds for `max_restarts`."""
 
     rt: "Runtime"
-    """The runtime it belongs to; there from `init()` on."""
+    """The runtime that it belongs to; there from `init()` on."""
     log: "ServiceLog"
     """Its log; there from `init()` on."""
-
-    _crew: Crew | None = None
-    _escalate: Callable[["Service", str, Exception], None]
+    crew: Crew | None = None
+    """Its tasks, while it runs; `spawn` adds to them."""
 
     def init(self) -> None:
-        """Prepare what needs `self.rt`; nothing runs yet."""
+        """Prepare what needs `self.rt` or `self.log`; nothing runs yet."""
 
     async def start(self) -> None:
         """Acquire what the handlers need, and spawn background tasks. When it returns, the service is ready."""
 
     async def stop(self) -> None:
-        """Release what `start` acquired."""
+        """Release what `start` acquired. It is not called if `start` failed."""
 
     def spawn(
-        self,
-        fn: Callable[[Unpack[Ts]], Coroutine[Any, Any, object]],
-        *args: Unpack[Ts],
-        name: str | None = None,
+        self, fn: Callable[[*Ts], Coroutine[Any, Any, object]], *args: *Ts, name: str | None = None
     ) -> "asyncio.Task[None]":
         """Run `fn(*args)` in the background, until it returns or the service stops.
 
-        If it raises, that is logged and it is called again, after a delay that doubles (first 0.1 s). If it fails more
-        than `max_restarts` times within `restart_window`, the runtime stops, with `ServiceFailed` in its host. The
-        returned task may be cancelled to end it early.
+        When it raises, that is logged and it is called again, after a delay that doubles (at first 0.1 s). If it fails
+        once more after `max_restarts` restarts within `restart_window`, the runtime stops, with `ServiceFailed` in its
+        host. To end it early, cancel the task that is returned.
         """
-        if self._crew is None:
-            raise RuntimeError(f"service {self.name!r} is not running: spawn its background tasks in start()")
-        what = name or getattr(fn, "__name__", "task")
-
-        def on_failure(error: Exception, delay: float | None) -> None:
-            if delay is None:
-                self._escalate(self, f"task {what!r}", error)
-            else:
-                self.log.exception(f"task {what!r} failed and runs again in {delay:.3g} s", exc_info=error)
-
-        restarts = Restarts(
-            _check.count("max_restarts", self.max_restarts, minimum=0),
-            _check.duration("restart_window", self.restart_window),
-        )
-        return self._crew.spawn(supervise(lambda: fn(*args), restarts, on_failure), what)
+        if self.crew is None:
+            raise RuntimeError(f"{type(self).__name__} does not run: spawn its background tasks in start()")
+        what = name or str(getattr(fn, "__name__", "task"))
+        return self.crew.supervise(functools.partial(fn, *args), what, Restarts(self.max_restarts, self.restart_window))

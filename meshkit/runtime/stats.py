@@ -1,9 +1,23 @@
 """What a runtime tells about itself."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["RuntimeStats"]
+__all__ = ["Counts", "RuntimeStats"]
+
+
+class Counts:
+    """What has happened on a node so far; `RuntimeStats` says what each means."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.delivered = 0
+        self.handled = 0
+        self.failed = 0
+        self.cancelled = 0
+        self.cut: Counter[str] = Counter()  # by kind
+        self.dropped: Counter[tuple[str, str]] = Counter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,20 +27,20 @@ class RuntimeStats:
     sent: int = 0
     """Messages emitted, and calls made."""
     delivered: int = 0
-    """Messages put into mailboxes; one for two services counts twice."""
+    """Messages that were put into mailboxes; one for two services counts twice."""
     handled: int = 0
     """Handlers that returned."""
     failed: int = 0
     """Handlers that raised."""
     cancelled: int = 0
-    """Calls given up by their caller, or past their deadline, before a handler had ended."""
+    """Calls whose caller gave up before their handler had ended."""
     cut: int = 0
-    """Messages whose handler had not begun or ended when the runtime stopped."""
+    """Messages whose handler had not begun, or not ended, when the runtime stopped."""
     queued: int = 0
     """Messages that wait in mailboxes."""
     running: int = 0
     """Messages that are being handled."""
     pending: int = 0
     """Calls that wait for their answer."""
-    dropped: Mapping[tuple[str, str], int] = field(default_factory=dict)
-    """Messages that reached no handler, by kind ("" where no service here knows it) and reason."""
+    dropped: Mapping[tuple[str, str], int] = field(default_factory=dict[tuple[str, str], int])
+    """Messages that reached no mailbox, by kind ("" where no service here handles it) and reason."""

@@ -1,13 +1,13 @@
 """The wire: what travels between nodes, as MessagePack.
 
-    Event    a message that nobody waits for
+    Tell     a message that nobody waits for
     Ask      a request, with the milliseconds that its caller will still wait
     Reply    the answer to a request
     Failure  the other answer: why there is no reply
     Cancel   the caller of a request has gone: stop working on it
 
-Who sent it is not in it: that is for the transport to know. Payloads are embedded as they were encoded, and decoded only
-once it is known what they are.
+Who sent it is not in it: that is for the transport to know. Payloads are embedded as they were encoded, and decoded
+only once it is known what they are.
 """
 
 from typing import Literal, TypeAlias
@@ -24,14 +24,26 @@ from meshkit.errors import (
     RemoteError,
 )
 
-__all__ = ["Ask", "Cancel", "Event", "Failure", "Reply", "Wire", "decode", "encode", "encode_payload", "to_error"]
+__all__ = [
+    "Ask",
+    "Cancel",
+    "Failure",
+    "Reply",
+    "Tell",
+    "Why",
+    "Wire",
+    "decode",
+    "encode",
+    "encode_payload",
+    "to_error",
+]
 
 
 class _Travels(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """Array-like, tagged by position: the names of fields do not travel."""
 
 
-class Event(_Travels, tag="e", frozen=True):
+class Tell(_Travels, tag="t", frozen=True):
     """A message that nobody waits for."""
 
     id: str
@@ -77,10 +89,10 @@ class Cancel(_Travels, tag="c", frozen=True):
     id: str
 
 
-Wire: TypeAlias = Event | Ask | Reply | Failure | Cancel
+Wire: TypeAlias = Tell | Ask | Reply | Failure | Cancel
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER = msgspec.msgpack.Decoder(Wire)
+_DECODER: msgspec.msgpack.Decoder[Wire] = msgspec.msgpack.Decoder(Wire)
 
 encode = _ENCODER.encode
 
@@ -98,8 +110,8 @@ def decode(frame: bytes) -> Wire:
     """
     try:
         return _DECODER.decode(frame)
-    except Exception as error:  # noqa: BLE001 - hostile bytes raise more than msgspec's own error
-        raise MalformedFrame from error
+    except Exception as error:
+        raise MalformedFrame from error  # hostile bytes raise more than msgspec's own error
 
 
 def to_error(failure: Failure, node: str, kind: str) -> MeshkitError:
@@ -108,7 +120,7 @@ def to_error(failure: Failure, node: str, kind: str) -> MeshkitError:
         case "no_handler":
             return NoHandler(kind=kind, node=node)
         case "malformed":
-            return MalformedFrame()
+            return MalformedFrame(reason=failure.detail)
         case "overloaded":
             return Overloaded(name=failure.detail, limit=failure.limit)
         case "draining":

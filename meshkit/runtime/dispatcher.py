@@ -1,0 +1,205 @@
+"""The dispatcher: a message waits in the mailbox of its service, a worker runs the handler, the caller is answered."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import anyio
+import msgspec
+
+from meshkit import _time
+from meshkit.runtime.behavior import Reject
+from meshkit.runtime.crew import Crew
+from meshkit.runtime.graph import Graph, Handler
+from meshkit.runtime.mailbox import Mailbox
+from meshkit.runtime.message import Message
+from meshkit.runtime.stats import Counts
+from meshkit.runtime.wire import Failure, Reply, encode_payload
+
+__all__ = ["Delivery", "Dispatcher"]
+
+
+class Delivery(msgspec.Struct, eq=False):
+    """A message on its way to one handler."""
+
+    handler: Handler
+    message: Message[Any]
+    is_call: bool
+    caller_waits: bool = True
+    scope: anyio.CancelScope | None = None  # cancels the handler of a call, once it runs
+
+
+class Dispatcher:
+    """What the services of one node have to do. `answer(caller, answer)` sends an answer, and never raises."""
+
+    def __init__(
+        self,
+        node: str,
+        graph: Graph,
+        crews: Mapping[str, Crew],
+        counts: Counts,
+        answer: Callable[[str, Reply | Failure], None],
+    ) -> None:
+        self._counts = counts
+        self._answer = answer
+        self._serving: dict[tuple[str, str], Delivery] = {}  # by caller, and id of its call
+        self._mailboxes: dict[str, Mailbox[Delivery]] = {}  # by service
+        for service in graph.services:
+            self._mailboxes[service.name] = Mailbox(
+                f"mailbox of service {service.name!r} on node {node!r}",
+                self._run,
+                crews[service.name].spawn,
+                max_mailbox=service.max_mailbox,
+                max_concurrent=service.max_concurrent,
+            )
+        for handler in graph.handlers:
+            handler.mailbox = self._mailboxes[handler.service.name]
+
+    # --- into the mailbox
+
+    async def deliver(self, handlers: Sequence[Handler], message: Message[Any]) -> None:
+        """Put a message into the mailboxes of all handlers, waiting for room; or into none, if that fails."""
+        reserved: list[Mailbox[Delivery]] = []
+        try:
+            for handler in handlers:
+                if not handler.mailbox.try_reserve():
+                    await handler.mailbox.reserve()
+                reserved.append(handler.mailbox)
+            for mailbox in reserved:
+                mailbox.check_open()
+        except BaseException:
+            for mailbox in reserved:
+                mailbox.release()
+            raise
+        for handler in handlers:
+            self._put(Delivery(handler, message, is_call=False))
+
+    def offer(self, handler: Handler, message: Message[Any], *, is_call: bool = False) -> bool:
+        """Put a message into the mailbox and return True, if there is room for it. A call will be answered."""
+        if not handler.mailbox.try_reserve():
+            return False
+        delivery = Delivery(handler, message, is_call)
+        if is_call:
+            self._serving[message.sender, message.id] = delivery
+        self._put(delivery)
+        return True
+
+    def _put(self, delivery: Delivery) -> None:
+        self._counts.delivered += 1
+        delivery.handler.mailbox.put(delivery)
+
+    def serves(self, caller: str, call_id: str) -> bool:
+        """Return whether this call is waiting or being handled."""
+        return (caller, call_id) in self._serving
+
+    def cancel(self, caller: str, call_id: str) -> None:
+        """Give up a call whose caller does not wait any more; one that has been answered is no more to be given up."""
+        delivery = self._serving.get((caller, call_id))
+        if delivery is None:
+            return
+        delivery.caller_waits = False
+        if delivery.scope is not None:
+            delivery.scope.cancel()
+        elif delivery.handler.mailbox.discard(delivery):
+            self._counts.cancelled += 1
+            del self._serving[caller, call_id]
+
+    def lost(self, node: str) -> None:
+        """Give up all calls of a node that has gone."""
+        for caller, call_id in [key for key in self._serving if key[0] == node]:
+            self.cancel(caller, call_id)
+
+    # --- out of the mailbox, in a worker
+
+    async def _run(self, delivery: Delivery) -> None:
+        if delivery.is_call:
+            await self._serve(delivery)
+            return
+        try:
+            await delivery.handler.method(delivery.message)
+            self._counts.handled += 1
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises is its failure
+            self._failed(delivery, error)
+        except asyncio.CancelledError as error:
+            self._interrupted(delivery, error)
+
+    async def _serve(self, delivery: Delivery) -> None:
+        handler, message = delivery.handler, delivery.message
+        answer: Reply | Failure | None = None
+        try:
+            with anyio.CancelScope(deadline=message.deadline) as delivery.scope:
+                if message.deadline > _time.now():  # what has expired never starts
+                    reply = await handler.method(message)
+                    handler.behavior.check_reply(reply)
+                    answer = Reply(message.id, encode_payload(reply))
+            if answer is None:
+                self._counts.cancelled += 1
+            else:
+                self._counts.handled += 1
+        except Reject as reject:
+            self._counts.failed += 1
+            answer = Failure(message.id, "failed", reject.detail, code=reject.code, retryable=reject.retryable)
+        except Exception as error:  # noqa: BLE001 - whatever a handler raises is its failure; its caller learns no more
+            self._failed(delivery, error)
+            answer = Failure(message.id, "failed", code="internal")
+        except asyncio.CancelledError as error:
+            answer = Failure(message.id, "cut" if handler.mailbox.closed else "failed", code="internal")
+            self._interrupted(delivery, error)
+        finally:
+            del self._serving[message.sender, message.id]
+            if answer is not None and delivery.caller_waits:
+                self._answer(message.sender, answer)
+
+    def _failed(self, delivery: Delivery, error: BaseException) -> None:
+        self._counts.failed += 1
+        handler, message = delivery.handler, delivery.message
+        handler.service.log.error(
+            "%r failed on %r from node %r", handler, message.kind, message.sender, message_id=message.id, exc_info=error
+        )
+
+    def _interrupted(self, delivery: Delivery, error: asyncio.CancelledError) -> None:
+        """Pass on the cancellation of a worker at the end. Any other one is the handler's own doing: its failure."""
+        if delivery.handler.mailbox.closed:
+            self._counts.cut[delivery.message.kind] += 1
+            raise error
+        task = asyncio.current_task()
+        while task is not None and task.uncancel():
+            pass
+        self._failed(delivery, error)
+
+    # --- the state, and the end
+
+    @property
+    def queued(self) -> int:
+        """How many messages wait in mailboxes."""
+        return sum(map(len, self._mailboxes.values()))
+
+    @property
+    def running(self) -> int:
+        """How many messages are being handled."""
+        return sum(mailbox.running for mailbox in self._mailboxes.values())
+
+    async def quiet(self) -> None:
+        """Wait until no message waits or is being handled."""
+        while busy := [mailbox for mailbox in self._mailboxes.values() if mailbox.busy]:
+            await busy[0].quiet()
+
+    def open_mailbox(self, service: str) -> None:
+        """Let the handlers of a service begin."""
+        self._mailboxes[service].open()
+
+    def close_mailbox(self, service: str) -> None:
+        """Take no more messages for a service, and refuse the calls that no handler has begun."""
+        for delivery in self._mailboxes[service].close():
+            message = delivery.message
+            self._counts.cut[message.kind] += 1
+            if delivery.is_call:
+                del self._serving[message.sender, message.id]
+                self._answer(message.sender, Failure(message.id, "draining"))
+
+    def close(self) -> None:
+        """Answer the callers of handlers that refused to end."""
+        for (caller, call_id), delivery in list(self._serving.items()):
+            if delivery.caller_waits:
+                delivery.caller_waits = False
+                self._answer(caller, Failure(call_id, "cut"))
