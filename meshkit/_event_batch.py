@@ -173,8 +173,8 @@ def sentence(key: Key, counts: Mapping[tuple[str, str | None], int]) -> str:
     """Return what happened, in English: "alice, carol, and dave teased bob".
 
     Without a target, the service is what it was done to ("alice and bob requested stash"). How often is said where it
-    is not once for each actor ("(x12)"). Messages follow after a colon, the first three different ones; a single one
-    that begins with the verb takes the place of the rest ("alice stored 2.3 KB").
+    is not once for each actor ("(x12)"). The first three different messages follow, after a colon; messages that begin
+    with the verb take the place of what it was done to ("alice and bob stored 2.3 kB; 1.7 kB").
     """
     service, event_type, target = key
     actors = list(dict.fromkeys(actor for actor, _ in counts))
@@ -184,13 +184,16 @@ def sentence(key: Key, counts: Mapping[tuple[str, str | None], int]) -> str:
     verb = past_tense(event_type)
     if verb is None:
         done = f"did {event_type}" if target is None else f"did {event_type} to {target}"
-    elif len(messages) == 1 and messages[0].startswith(f"{verb} "):
-        return f"{names(actors)} {messages[0]}{times}"
+    elif messages and all(message.startswith(f"{verb} ") for message in messages):
+        return f"{names(actors)} {verb} {_some([message[len(verb) + 1 :] for message in messages])}{times}"
     else:
         done = f"{verb} {service if target is None else target}"
-    more = f"; and {len(messages) - 3} more" if len(messages) > 3 else ""
-    said = f": {'; '.join(messages[:3])}{more}" if messages else ""
-    return f"{names(actors)} {done}{times}{said}"
+    return f"{names(actors)} {done}{times}{': ' if messages else ''}{_some(messages)}"
+
+
+def _some(messages: list[str]) -> str:
+    more = [f"and {len(messages) - 3} more"] if len(messages) > 3 else []
+    return "; ".join(messages[:3] + more)
 
 
 def names(actors: Iterable[str]) -> str:

@@ -32,8 +32,8 @@ __all__ = ["TimedBatch"]
 class TimedBatch:
     """Calls `write(groups, dropped)` with groups when they are due, at most 50 in one pass of the loop.
 
-    `dropped` is how many events of which service were dropped, where that is to be told now.
-    It belongs to the loop that used it first, until that loop has ended; then to the next.
+    `dropped` says how many events of which service were dropped, where that is to be told now. The batch belongs to
+    the loop that used it first until that loop has ended, then to the next one that uses it.
     """
 
     MAX_GROUPS_AT_ONCE = 50  # a millisecond of work, at the price of a line
@@ -42,7 +42,7 @@ class TimedBatch:
         self.batch = batch
         self._write = write
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._now = now  # the loop's clock, once there is a loop: asking which loop runs is half the cost of an event
+        self._now = now  # the clock of the loop once there is one, without asking at each event which loop runs
         self._timer: asyncio.TimerHandle | None = None
         self.closed = False
 

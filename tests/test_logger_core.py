@@ -295,6 +295,13 @@ def test_the_sentences_of_the_specification() -> None:
         ("tease", "bob", {("a", str(n)): 1 for n in range(9)}, "a teased bob (x9): 0; 1; 2; and 6 more"),
         ("tease", "bob", {("alice", "teased bob again"): 2}, "alice teased bob again (x2)"),
         ("tease", "bob", {("alice", "teasedly"): 1}, "alice teased bob: teasedly"),
+        ("store", None, {("alice", "stored 2 kB"): 1, ("bob", "stored 1 kB"): 1}, "alice and bob stored 2 kB; 1 kB"),
+        (
+            "store",
+            None,
+            {("alice", "stored 2 kB"): 1, ("bob", "1 kB"): 1},
+            "alice and bob stored stash: stored 2 kB; 1 kB",
+        ),
         ("tease", "bob", {("alice", ""): 1}, "alice teased bob"),
         ("tease", "bob", {("alice", None): 1, (OTHERS, None): 1}, "alice and others teased bob (x2)"),
         ("boot-sync", "bob", {("alice", None): 1}, "alice did boot-sync to bob"),
@@ -305,7 +312,7 @@ def test_the_sentences_of_the_specification() -> None:
 def test_the_default_text(
     event_type: str, target: str | None, counts: dict[tuple[str, str | None], int], text: str
 ) -> None:
-    assert sentence(("social", event_type, target), counts) == text
+    assert sentence(("stash", event_type, target), counts) == text
 
 
 @given(
