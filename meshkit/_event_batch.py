@@ -64,6 +64,13 @@ class Group:
         for entry, count in self.counts.items():
             yield entry, count, self._firsts[entry] + self.epoch
 
+    def line_fields(self) -> dict[str, object]:
+        """Return what a line about this group has for fields."""
+        _, event_type, target = self.key
+        actors = list(dict.fromkeys(actor for actor, _ in self.counts))
+        fields = {**self.fields, "event_type": event_type, "actors": actors, "count": sum(self.counts.values())}
+        return fields if target is None else {**fields, "target": target}
+
     def share(self, fields: Mapping[str, object]) -> None:
         """Keep only those fields that `fields` has as well."""
         self.fields = {key: value for key, value in self.fields.items() if key in fields and _same(value, fields[key])}

@@ -24,7 +24,7 @@ import structlog
 from structlog.typing import Processor
 
 from meshkit import _check
-from meshkit._event_batch import EventBatch, Group, sentence
+from meshkit._event_batch import Group, sentence
 from meshkit._event_timer import TimedBatch
 from meshkit._log_output import LEVELS, Console, LogLines, LogOutput, Service, stamp
 from meshkit._time import wall
@@ -206,20 +206,15 @@ class Logger:
         max_groups: int = 1000,
         max_entries: int = 250,
     ) -> None:
-        window = _check.duration("batch_window", batch_window)
-        max_wait = 5 * window if max_wait is None else _check.duration("max_wait", max_wait)
-        if max_wait < window:
-            raise ValueError(f"max_wait must be at least batch_window ({window:g} s), not {max_wait!r}")
         if level not in LEVELS:
             raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
-        batch = EventBatch(
-            window=window,
+        self._batch = TimedBatch(
+            self._write_groups,
+            batch_window=batch_window,
             max_wait=max_wait,
-            max_groups=_check.count("max_groups", max_groups),
-            max_entries=_check.count("max_entries", max_entries),
+            max_groups=max_groups,
+            max_entries=max_entries,
         )
-        self._batch_window = window
-        self._batch = TimedBatch(batch, self._write_groups)
         self._level = level
         self._all_verbose = verbose is True
         self._node = node
@@ -249,8 +244,8 @@ class Logger:
 
     def __repr__(self) -> str:
         node = "" if self._node is None else f"node={self._node!r}, "
-        state = "closed" if self._batch.closed else f"groups={len(self._batch.batch)}"
-        return f"Logger({node}batch_window={self._batch_window:g}, services={sorted(self._services)}, {state})"
+        state = "closed" if self._batch.closed else f"groups={len(self._batch.groups)}"
+        return f"Logger({node}batch_window={self._batch.window:g}, services={sorted(self._services)}, {state})"
 
     def service(self, name: str, *, emoji: str | None = None) -> ServiceLog:
         """Return the log of the service `name`, the same object each time; an `emoji` that is given is its from now.
@@ -310,8 +305,8 @@ class Logger:
 
     def stats(self) -> LoggerStats:
         """Return what waits and what was lost. Cost: proportional to what waits."""
-        batch = self._batch.batch
-        return LoggerStats(len(batch), batch.pending, batch.dropped, self._lines.failed)
+        groups = self._batch.groups
+        return LoggerStats(len(groups), groups.pending, groups.dropped, self._lines.failed)
 
     def _target(self, service: str) -> Any:
         """Return the structlog logger to write to: the app's, as it is configured at this moment, or our own."""
@@ -330,12 +325,8 @@ class Logger:
             context.run(self.service("log").warning, text, sum(dropped.values()), dropped=dropped)
 
     def _write_group(self, group: Group, instant: bool = False) -> None:
-        name, event_type, target = group.key
-        fields = {**group.fields, "event_type": event_type, "actors": list(dict.fromkeys(a for a, _ in group.counts))}
-        if target is not None:
-            fields["target"] = target
-        fields["count"] = sum(group.counts.values())
-        self._lines.write(self._services[name][0], "info", self._text(group, instant), (), fields)
+        service, _ = self._services[group.key[0]]
+        self._lines.write(service, "info", self._text(group, instant), (), group.line_fields())
 
     def _text(self, group: Group, instant: bool) -> str:
         service, event_type, target = group.key

@@ -1,12 +1,9 @@
 """The Logger on virtual time: what is grouped, when it is written, and that nothing is lost."""
 
 import asyncio
-import contextvars
 import io
 import json
 import random
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,7 +12,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from meshkit.logger import LogEntry, Logger, LoggerStats, ServiceLog
-from meshkit.testing import CancellationPoint, Leak, VirtualTimeLoop, cancellation_points, run
+from meshkit.testing import run
 
 
 class Output(io.StringIO):
@@ -394,169 +391,6 @@ async def test_a_formatter_may_log_and_flush(logger: Logger, output: Output) -> 
     log.event("store", "alice")
     await asyncio.sleep(3)
     assert sorted(output.lines) == ["[stash] carol requested stash", "[stash] stored"]
-
-
-# --- the end, and other loops ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("is_async", [True, False])
-def test_everything_is_written_at_the_end_of_the_block_and_no_timer_is_left(is_async: bool, output: Output) -> None:
-    async def main() -> None:
-        logger = Logger(output=output)
-        if is_async:
-            async with logger:
-                logger.service("stash").event("store", "alice")
-        else:
-            with logger:
-                logger.service("stash").event("store", "alice")
-        assert output.lines == ["[stash] alice stored stash"]
-
-    run(main)
-
-
-def test_an_open_logger_holds_one_timer_however_many_groups_it_has(output: Output) -> None:
-    logger = Logger(output=output)
-
-    async def main() -> None:
-        for number in range(100):
-            logger.service("stash").event("store", "alice", str(number))
-            await asyncio.sleep(0.01)
-        loop = asyncio.get_running_loop()
-        assert isinstance(loop, VirtualTimeLoop)
-        assert len(loop.live_timers()) == 1
-
-    with pytest.raises(Leak, match="timer") as caught:
-        run(main)
-    assert str(caught.value).count("timer <") == 1
-    logger.close()
-    assert len(output.lines) == 100
-
-
-async def test_after_closing_events_and_lines_are_written_at_once(logger: Logger, output: Output) -> None:
-    log = logger.service("stash")
-    logger.close()
-    logger.close()
-    log.event("store", "alice")
-    log.info("late")
-    assert output.lines == ["[stash] alice stored stash", "[stash] late"]
-    assert repr(logger) == "Logger(batch_window=3, services=['stash'], closed)"
-
-
-async def test_flush_writes_everything_now_and_batching_goes_on(logger: Logger, output: Output) -> None:
-    log = logger.service("stash")
-    log.event("store", "alice")
-    logger.flush()
-    assert output.lines == ["[stash] alice stored stash"]
-    logger.flush()
-    log.event("store", "bob")
-    assert len(output.lines) == 1
-    await asyncio.sleep(3)
-    assert output.lines[1:] == ["[stash] bob stored stash"]
-
-
-def test_two_loops_one_after_the_other_lose_nothing(output: Output) -> None:
-    logger = Logger(output=output)
-
-    async def main() -> None:
-        logger.service("stash").event("store", "alice")
-
-    asyncio.run(main())
-    assert output.lines == []
-    asyncio.run(main())  # takes up what the first one left
-    assert output.lines == ["[stash] alice stored stash"]
-    logger.close()
-    assert output.lines == ["[stash] alice stored stash"] * 2
-
-
-def test_a_loop_that_runs_again_after_another_one_goes_on_batching(output: Output) -> None:
-    logger = Logger(output=output, batch_window=1)
-    first, second = VirtualTimeLoop(), VirtualTimeLoop()
-
-    async def main(seconds: float) -> None:
-        logger.service("stash").event("store", "alice")
-        await asyncio.sleep(seconds)
-
-    first.run_until_complete(main(0))
-    second.run_until_complete(main(0))
-    first.run_until_complete(main(2))
-    assert len(output.lines) == 3
-    second.run_until_complete(main(2))
-    assert len(output.lines) == 4
-    for loop in (first, second):
-        assert not loop.live_timers()
-        loop.close()
-    logger.close()
-
-
-async def test_events_from_another_thread_are_written_at_once(logger: Logger, output: Output) -> None:
-    log = logger.service("stash")
-    log.event("store", "alice")
-
-    def elsewhere() -> None:
-        log.event("store", "bob")  # no loop runs here
-
-        async def main() -> None:
-            log.event("store", "carol")  # one does, but the batch belongs to the other
-
-        asyncio.run(main())
-
-    thread = threading.Thread(target=elsewhere)
-    thread.start()
-    thread.join()
-    assert output.lines == ["[stash] bob stored stash", "[stash] carol stored stash"]
-    logger.flush()
-    assert output.lines[2:] == ["[stash] alice stored stash"]
-
-
-async def test_a_grouped_line_bears_no_context_of_whoever_caused_it(output: Output) -> None:
-    request: contextvars.ContextVar[str] = contextvars.ContextVar("request", default="none")
-    seen: list[str] = []
-
-    def stored(entries: Sequence[LogEntry]) -> str:
-        seen.append(request.get())
-        return "stored"
-
-    with Logger(output=output) as logger:
-        logger.register_formatter("stash", "store", stored)
-        request.set("alice's")
-        logger.service("stash").event("store", "alice")
-        await asyncio.sleep(4)
-        logger.service("stash").event("store", "alice")
-        logger.flush()
-        logger.service("stash").event("store", "alice", instant=True)
-    assert seen == ["none", "none", "alice's"]
-
-
-def test_a_program_that_ends_without_closing_loses_nothing() -> None:
-    code = """
-import asyncio, meshkit.logger
-logger = meshkit.logger.Logger()
-async def main():
-    logger.service("stash").event("store", "alice")
-asyncio.run(main())
-"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ended.stderr[9:] == "[stash] alice stored stash\n"
-    assert ended.stdout == ""
-
-
-def test_cancelling_a_service_anywhere_loses_no_event() -> None:
-    for point in cancellation_points():
-        output = Output()
-        told: list[int] = []
-
-        async def main(output: Output = output, told: list[int] = told, point: CancellationPoint = point) -> None:
-            async def service() -> None:
-                async with Logger(output=output, json=True, max_wait=5) as logger:
-                    for number in range(4):
-                        logger.service("stash").event("store", "alice")
-                        told.append(number)
-                        await asyncio.sleep(2)
-
-            await point.cancel(service())
-            assert output.events == len(told)
-
-        run(main)
 
 
 @given(
