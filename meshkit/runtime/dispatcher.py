@@ -24,7 +24,7 @@ class Delivery(msgspec.Struct, eq=False):
 
     handler: Handler
     message: Message[Any]
-    is_call: bool
+    is_call: bool = False
     caller_waits: bool = True
     scope: anyio.CancelScope | None = None  # cancels the handler of a call, once it runs
 
@@ -57,36 +57,41 @@ class Dispatcher:
 
     # --- into the mailbox
 
+    def try_deliver(self, handlers: Sequence[Handler], message: Message[Any]) -> bool:
+        """Put a message into the mailboxes of all handlers; into none, and return False, if one of them has no room."""
+        for handler in handlers:
+            if not handler.mailbox.has_room:
+                return False
+        for handler in handlers:
+            self._counts.delivered += 1
+            handler.mailbox.put(Delivery(handler, message))
+        return True
+
     async def deliver(self, handlers: Sequence[Handler], message: Message[Any]) -> None:
-        """Put a message into the mailboxes of all handlers, waiting for room; or into none, if that fails."""
+        """Put a message into the mailboxes of all handlers, waiting for room; into none, if that fails."""
         reserved: list[Mailbox[Delivery]] = []
         try:
             for handler in handlers:
-                if not handler.mailbox.try_reserve():
-                    await handler.mailbox.reserve()
+                await handler.mailbox.reserve()
                 reserved.append(handler.mailbox)
             for mailbox in reserved:
-                mailbox.check_open()
+                mailbox.require_open()  # one may have been closed while this waited for another
         except BaseException:
             for mailbox in reserved:
                 mailbox.release()
             raise
         for handler in handlers:
-            self._put(Delivery(handler, message, is_call=False))
+            self._counts.delivered += 1
+            handler.mailbox.put(Delivery(handler, message), reserved=True)
 
-    def offer(self, handler: Handler, message: Message[Any], *, is_call: bool = False) -> bool:
-        """Put a message into the mailbox and return True, if there is room for it. A call will be answered."""
-        if not handler.mailbox.try_reserve():
+    def serve(self, handler: Handler, message: Message[Any]) -> bool:
+        """Put a call into the mailbox, if there is room; it will be answered."""
+        if not handler.mailbox.has_room:
             return False
-        delivery = Delivery(handler, message, is_call)
-        if is_call:
-            self._serving[message.sender, message.id] = delivery
-        self._put(delivery)
-        return True
-
-    def _put(self, delivery: Delivery) -> None:
+        delivery = self._serving[message.sender, message.id] = Delivery(handler, message, is_call=True)
         self._counts.delivered += 1
-        delivery.handler.mailbox.put(delivery)
+        handler.mailbox.put(delivery)
+        return True
 
     def serves(self, caller: str, call_id: str) -> bool:
         """Return whether this call is waiting or being handled."""

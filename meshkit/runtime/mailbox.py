@@ -6,8 +6,8 @@ therefore runs only when the first one waits for something. An idle mailbox keep
 
 Rules:
 - An item is taken and begun in one step: a worker that is cancelled loses nothing that waits.
-- A place is reserved before an item is put. Whoever waits for a place gets it in order of arrival, without anybody
-  overtaking; a cancelled waiter gives its place to the next.
+- Whoever waits for room gets a place in order of arrival, and nobody overtakes; a cancelled waiter gives its place to
+  the next.
 """
 
 import asyncio
@@ -57,14 +57,20 @@ class Mailbox(Generic[T]):
     def __len__(self) -> int:
         return len(self._items)
 
-    # --- a place, then an item
+    # --- into it
 
-    def try_reserve(self) -> bool:
-        """Take a place if one is free; whoever waits for one goes first."""
-        if self.closed or self._waiters or len(self._items) + self._reserved >= self.max_mailbox:
-            return False
-        self._reserved += 1
-        return True
+    @property
+    def has_room(self) -> bool:
+        """Whether an item can be put now; whoever waits for a place goes first."""
+        return len(self._items) + self._reserved < self.max_mailbox and not self._waiters and not self.closed
+
+    def put(self, item: T, *, reserved: bool = False) -> None:
+        """Put `item`, for which there is room, or a place that was reserved."""
+        if reserved:
+            self._reserved -= 1
+        self._items.append(item)
+        if self._opened and not self._waking:
+            self._wake()
 
     async def reserve(self) -> None:
         """Take a place, waiting for one if need be.
@@ -73,9 +79,10 @@ class Mailbox(Generic[T]):
             Overloaded: It is full, and the one who would wait is one of its own workers: it would wait for itself.
             Closed: It is closed, or was while waiting.
         """
-        if self.try_reserve():
+        self.require_open()
+        if self.has_room:
+            self._reserved += 1
             return
-        self.check_open()
         if asyncio.current_task() in self._workers:
             raise Overloaded(name=self.name, limit=self.max_mailbox)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -83,11 +90,13 @@ class Mailbox(Generic[T]):
         try:
             await place
         except asyncio.CancelledError:
-            if self._waiters.pop(place, self) is self and not place.cancelled():  # it was given, and nobody will use it
-                self.release()
+            if place.cancelled():
+                self._waiters.pop(place, None)
+            elif place.exception() is None:
+                self.release()  # it was given, and is not used
             raise
 
-    def check_open(self) -> None:
+    def require_open(self) -> None:
         """Raise `Closed` if it is closed."""
         if self.closed:
             raise Closed(name=self.name)
@@ -96,13 +105,6 @@ class Mailbox(Generic[T]):
         """Give back a place that was reserved."""
         self._reserved -= 1
         self._admit()
-
-    def put(self, item: T) -> None:
-        """Put `item` into a place that was reserved."""
-        self._reserved -= 1
-        self._items.append(item)
-        if self._opened and not self._waking:
-            self._wake()
 
     def discard(self, item: T) -> bool:
         """Take `item` out, unless it has been begun; return whether it was in."""

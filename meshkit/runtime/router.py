@@ -57,8 +57,10 @@ class Router:
                 raise ValueError(f"{behavior!r} never leaves its node, so it cannot be emitted to {to!r}")
             handlers = self._graph.local_handlers(behavior)
             if not handlers:
-                self.counts.dropped[kind, "no_handler"] += 1
-            await self.dispatcher.deliver(handlers, Message(message_id, kind, self._node, payload, _time.wall()))
+                self._drop(kind, "no_handler")
+            message = Message(message_id, kind, self._node, payload, _time.wall())
+            if not self.dispatcher.try_deliver(handlers, message):
+                await self.dispatcher.deliver(handlers, message)
         elif isinstance(behavior, Broadcast):
             tell = Tell(message_id, kind, _time.wall(), encode_payload(payload))
             if to is None:
@@ -144,7 +146,7 @@ class Router:
             return self._drop(tell.kind, "malformed")
         message = Message(tell.id, tell.kind, sender, payload, tell.time)
         for handler in handlers:
-            if not self.dispatcher.offer(handler, message):
+            if not self.dispatcher.try_deliver([handler], message):
                 self._drop(tell.kind, "overloaded")
         return None
 
@@ -162,7 +164,7 @@ class Router:
             return self._refuse(sender, ask, "malformed", f"{ask.kind!r} on node {self._node!r}: {error}")
         deadline = _time.now() + ask.remaining / 1000
         message = Message(ask.id, ask.kind, sender, payload, ask.time, deadline)
-        if not self.dispatcher.offer(handler, message, is_call=True):
+        if not self.dispatcher.serve(handler, message):
             mailbox = handler.mailbox
             return self._refuse(sender, ask, "overloaded", mailbox.name, mailbox.max_mailbox)
         return None
