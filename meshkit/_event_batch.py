@@ -117,8 +117,9 @@ class EventBatch:
         group = self._groups.get(key)
         if group is not None:
             group.last = now
-            if entry in group.counts:
-                group.counts[entry] += count
+            before = group.counts.get(entry)
+            if before is not None:
+                group.counts[entry] = before + count
             else:
                 group.enter(entry, count, now, self._max_entries)
             if fields is not group.fields and group.fields:
