@@ -51,7 +51,8 @@ class RetryBudget:
         self._min_per_second = _check.duration("min_per_second", min_per_second, zero=True)
         if 0 < min_per_second * self.WINDOW < 1:
             raise ValueError(f"min_per_second must be 0, or at least {1 / self.WINDOW:g}, not {min_per_second!r}")
-        self._seconds: deque[_Second] = deque(maxlen=self.WINDOW)  # those with calls, the oldest first
+        # The seconds in which something happened, the oldest first; never empty.
+        self._seconds = deque([_Second(-self.WINDOW)], maxlen=self.WINDOW)
         self._calls = self._granted = self._denied = 0
 
     def __repr__(self) -> str:
@@ -90,8 +91,10 @@ class RetryBudget:
 
     def _current(self, now: float) -> _Second:
         number = math.floor(now)
-        if self._seconds and number < self._seconds[-1].number:
+        last = self._seconds[-1]
+        if number == last.number:
+            return last
+        if number < last.number:
             self._seconds.clear()  # the clock of another loop, which began later
-        if not self._seconds or number > self._seconds[-1].number:
-            self._seconds.append(_Second(number))
+        self._seconds.append(_Second(number))
         return self._seconds[-1]
