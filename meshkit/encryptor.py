@@ -20,20 +20,17 @@ import hmac
 import io
 import os
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterable, Generator, Iterable, Iterator
-from typing import Any, NamedTuple, NoReturn, Self, TypeAlias
+from collections.abc import AsyncGenerator
+from typing import Any, NamedTuple, NoReturn, Self
 
 from nacl import bindings as sodium
 from nacl.bindings import crypto_aead
 from nacl.exceptions import CryptoError
 
+from meshkit._chunks import BytesLike, Chunks, Source, as_bytes, converted, size_of
 from meshkit.errors import BadSeal
 
 __all__ = ["Encryptor", "Sealed"]
-
-_BytesLike: TypeAlias = bytes | bytearray | memoryview
-_Source: TypeAlias = AsyncIterable[_BytesLike] | Iterable[_BytesLike]
 
 _KEY, _NONCE, _TAG = 32, 24, 16  # bytes: of a key, of a nonce, and by which a ciphertext is longer than its plaintext
 _LEAST_SECRET = 16  # bytes
@@ -47,27 +44,12 @@ class Sealed(NamedTuple):
     ciphertext: bytes
 
 
-def _size(value: Any) -> int:
-    """Return how many bytes `value` holds; -1 if it is not like bytes, which is whatever has the buffer protocol."""
-    try:
-        return memoryview(value).nbytes
-    except (TypeError, ValueError, BufferError):
-        return -1
-
-
-def _as_bytes(value: Any, name: str = "") -> bytes:
-    """Return `value` as bytes. Without a name it came from anybody, and what is wrong with it is a `BadSeal`."""
-    if type(value) is bytes:
-        return value
-    if _size(value) < 0:
-        raise TypeError(f"{name} must be bytes, not {type(value).__name__}") if name else BadSeal()
-    return memoryview(value).tobytes()
-
-
 # --- keys ---------------------------------------------------------------------------------------------------
 
 
 class _Key(bytes):
+    """A key that does not show itself, and is bytes for libsodium."""
+
     def __repr__(self) -> str:
         return "<key>"
 
@@ -139,60 +121,28 @@ def _decrypt(ciphertext: bytes, aad: bytes, nonce: bytes, keys: tuple[bytes, ...
 
 _CHUNK, _CHUNK_TAG, _HEADER = 64 * 1024, 17, 24  # bytes: of plaintext, by which a chunk is longer, of the header
 _FINAL = sodium.crypto_secretstream_xchacha20poly1305_TAG_FINAL
-_TURN = 1024 * 1024  # bytes of work, about a millisecond, after which a stream lets others run
-_ITEM = 256  # how many bytes of work it is to handle one item of the source, however small
 
 
-class _Stream(ABC):
-    """The core of a stream: bytes go in as they come, and chunks of a fixed size come out, sealed or opened.
-
-    A chunk is held until it is known whether another byte follows, because exactly the last one is marked as last: so
-    a stream that was cut off shows.
-    """
-
-    def __init__(self, first: int, size: int) -> None:
-        self._wanted, self._size = first, size  # how long the next chunk is, and all after it
-        self._held = bytearray()  # one chunk at most
-
-    def feed(self, data: bytes) -> Iterator[bytes]:
-        """Yield every chunk that is complete, converted, and b"" when `data` is used up."""
-        view, start = memoryview(data), 0
-        while (end := start + self._wanted - len(self._held)) < len(view):
-            chunk = b"".join((self._held, view[start:end]))
-            self._held.clear()
-            start, self._wanted = end, self._size
-            yield self._convert(chunk, last=False)
-        self._held += view[start:]
-        yield b""
-
-    def finish(self) -> bytes:
-        """Return the last chunk, converted."""
-        return self._convert(bytes(self._held), last=True)
-
-    @abstractmethod
-    def _convert(self, chunk: bytes, *, last: bool) -> bytes: ...
-
-
-class _SealStream(_Stream):
+class _SealStream(Chunks):
     def __init__(self, key: bytes, aad: bytes) -> None:
         super().__init__(_CHUNK, _CHUNK)
         self._aad = aad
         self._state = sodium.crypto_secretstream_xchacha20poly1305_state()
         self._header = sodium.crypto_secretstream_xchacha20poly1305_init_push(self._state, key)
 
-    def _convert(self, chunk: bytes, *, last: bool) -> bytes:
+    def convert(self, chunk: bytes, *, last: bool) -> bytes:
         header, self._header = self._header, b""
         tag = _FINAL if last else sodium.crypto_secretstream_xchacha20poly1305_TAG_MESSAGE
         return header + sodium.crypto_secretstream_xchacha20poly1305_push(self._state, chunk, self._aad, tag)
 
 
-class _OpenStream(_Stream):
+class _OpenStream(Chunks):
     def __init__(self, keys: tuple[bytes, ...], aad: bytes) -> None:
         super().__init__(_HEADER + _CHUNK + _CHUNK_TAG, _CHUNK + _CHUNK_TAG)
         self._keys, self._aad = keys, aad
         self._states: list[sodium.crypto_secretstream_xchacha20poly1305_state] = []
 
-    def _convert(self, chunk: bytes, *, last: bool) -> bytes:
+    def convert(self, chunk: bytes, *, last: bool) -> bytes:
         if not self._states:  # this is the first chunk: the header stands before it, and any key may be the right one
             self._begin(chunk[:_HEADER])
             chunk = chunk[_HEADER:]
@@ -211,40 +161,6 @@ class _OpenStream(_Stream):
             state = sodium.crypto_secretstream_xchacha20poly1305_state()
             sodium.crypto_secretstream_xchacha20poly1305_init_pull(state, header, key)
             self._states.append(state)
-
-
-async def _through(core: _Stream, chunks: _Source, name: str = "") -> AsyncGenerator[bytes, None]:
-    """Yield what comes out of `core` when `chunks` go in; close them if they are a generator."""
-    if _size(chunks) >= 0:
-        raise TypeError(f"chunks must be an iterable of bytes, plain or async, not {type(chunks).__name__}: [chunk]")
-    items = aiter(chunks) if isinstance(chunks, AsyncIterable) else _one_by_one(chunks)
-    work = 0
-    try:
-        async for item in items:
-            work += _ITEM
-            for output in core.feed(_as_bytes(item, name)):
-                if output:
-                    yield output
-                work += len(output)
-                if work >= _TURN:
-                    work = 0
-                    await asyncio.sleep(0)
-        if output := core.finish():
-            yield output
-    finally:
-        # Nobody else has a use for a half-read generator. A file or connection is for whoever opened it to close.
-        if isinstance(items, AsyncGenerator):
-            await items.aclose()
-
-
-async def _one_by_one(chunks: Iterable[_BytesLike]) -> AsyncGenerator[_BytesLike, None]:
-    items = iter(chunks)
-    try:
-        for item in items:
-            yield item
-    finally:
-        if isinstance(items, Generator):
-            items.close()
 
 
 # --- the utility --------------------------------------------------------------------------------------------
@@ -304,51 +220,51 @@ class Encryptor:
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError("an Encryptor holds keys and cannot be pickled or copied: make a new one where it is needed")
 
-    def seal(self, plaintext: _BytesLike, aad: _BytesLike = b"") -> Sealed:
+    def seal(self, plaintext: BytesLike, aad: BytesLike = b"") -> Sealed:
         """Seal `plaintext` under a fresh random nonce.
 
         Raises:
             TypeError: `plaintext` or `aad` is not like bytes.
         """
         nonce = os.urandom(_NONCE)
-        return Sealed(nonce, _encrypt(_as_bytes(plaintext, "plaintext"), _as_bytes(aad, "aad"), nonce, self._keys[0]))
+        return Sealed(nonce, _encrypt(as_bytes(plaintext, "plaintext"), as_bytes(aad, "aad"), nonce, self._keys[0]))
 
-    def open(self, nonce: _BytesLike, ciphertext: _BytesLike, aad: _BytesLike = b"") -> bytes:
+    def open(self, nonce: BytesLike, ciphertext: BytesLike, aad: BytesLike = b"") -> bytes:
         """Return what was sealed: `open(*sealed)`, `open(*sealed, aad)`.
 
         Raises:
             BadSeal: It was not sealed with one of the keys and this `aad`, or it was changed since.
         """
-        plaintext = _decrypt(_as_bytes(ciphertext), _as_bytes(aad), _as_bytes(nonce), self._keys)
+        plaintext = _decrypt(as_bytes(ciphertext), as_bytes(aad), as_bytes(nonce), self._keys)
         if plaintext is None:
             raise BadSeal
         return plaintext
 
-    def seal_combined(self, plaintext: _BytesLike, aad: _BytesLike = b"") -> bytes:
+    def seal_combined(self, plaintext: BytesLike, aad: BytesLike = b"") -> bytes:
         """Seal into one piece: the 24 bytes of the nonce, then the ciphertext."""
         return b"".join(self.seal(plaintext, aad))
 
-    def open_combined(self, combined: _BytesLike, aad: _BytesLike = b"") -> bytes:
+    def open_combined(self, combined: BytesLike, aad: BytesLike = b"") -> bytes:
         """Return what `seal_combined` sealed, or raise `BadSeal` as `open` does."""
-        combined = _as_bytes(combined)
+        combined = as_bytes(combined)
         return self.open(combined[:_NONCE], combined[_NONCE:], aad)
 
-    async def seal_large(self, plaintext: _BytesLike, aad: _BytesLike = b"") -> Sealed:
+    async def seal_large(self, plaintext: BytesLike, aad: BytesLike = b"") -> Sealed:
         """Seal without holding up the loop: from 256 KiB in a thread, anything smaller here and now.
 
         Cancelled, it returns at once; the thread, one of the loop's default executor, goes on until it is done.
         """
-        if _size(plaintext) < _LARGE:
+        if size_of(plaintext) < _LARGE:
             return self.seal(plaintext, aad)
         return await asyncio.to_thread(self.seal, plaintext, aad)
 
-    async def open_large(self, nonce: _BytesLike, ciphertext: _BytesLike, aad: _BytesLike = b"") -> bytes:
+    async def open_large(self, nonce: BytesLike, ciphertext: BytesLike, aad: BytesLike = b"") -> bytes:
         """Open without holding up the loop, like `seal_large`, or raise `BadSeal` as `open` does."""
-        if _size(ciphertext) < _LARGE:
+        if size_of(ciphertext) < _LARGE + _TAG:
             return self.open(nonce, ciphertext, aad)
         return await asyncio.to_thread(self.open, nonce, ciphertext, aad)
 
-    def seal_stream(self, chunks: _Source, aad: _BytesLike = b"") -> AsyncGenerator[bytes, None]:
+    def seal_stream(self, chunks: Source, aad: BytesLike = b"") -> AsyncGenerator[bytes, None]:
         """Seal data that is larger than memory: async iterate over it, and write each piece.
 
         `chunks` is an iterable, plain or async, of bytes of any sizes. A generator is closed with the stream; a file or
@@ -360,9 +276,9 @@ class Encryptor:
         Raises:
             TypeError: `chunks` is not an iterable of bytes, or `aad` is not like bytes.
         """
-        return _through(_SealStream(self._keys[0], _as_bytes(aad, "aad")), chunks, "a chunk")
+        return converted(_SealStream(self._keys[0], as_bytes(aad, "aad")), chunks, "a chunk")
 
-    def open_stream(self, chunks: _Source, aad: _BytesLike = b"") -> AsyncGenerator[bytes, None]:
+    def open_stream(self, chunks: Source, aad: BytesLike = b"") -> AsyncGenerator[bytes, None]:
         """Open what `seal_stream` sealed, which may be cut into `chunks` anywhere; the rest is as there.
 
         Each piece that it yields is authentic and in its place; that it was all, only the end of the iteration says.
@@ -371,4 +287,4 @@ class Encryptor:
             BadSeal: It was not sealed with one of the keys and this `aad`, or it was changed since: some of it is
                 altered, moved, repeated, missing, or added.
         """
-        return _through(_OpenStream(self._keys, _as_bytes(aad)), chunks)
+        return converted(_OpenStream(self._keys, as_bytes(aad)), chunks)
