@@ -24,22 +24,13 @@ import anyio
 
 from meshkit import _check, _notes
 from meshkit._retry_budget import RetryBudget as RetryBudget, RetryBudgetStats as RetryBudgetStats
-from meshkit._retry_rule import NOT_COVERED, On, RetryRule, asked_delay
+from meshkit._retry_policy import NOT_COVERED, On, RetryPolicy as RetryPolicy, RetryRule, asked_delay
 from meshkit._time import now
 from meshkit.errors import CallTimeout
 from meshkit.events import Event, Observer, notify
 from meshkit.guard import Guard, require_async
 
-__all__ = [
-    "Attempts",
-    "Backoff",
-    "GaveUp",
-    "Retrier",
-    "RetryBudget",
-    "RetryBudgetStats",
-    "RetryPolicy",
-    "Retrying",
-]
+__all__ = ["Attempts", "Backoff", "GaveUp", "Retrier", "RetryBudget", "RetryBudgetStats", "RetryPolicy", "Retrying"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -84,38 +75,6 @@ class Backoff:
         except OverflowError:
             delay = self._max_delay
         return delay * draw() if self._jitter else delay
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RetryPolicy:
-    """How often, how patiently and for how long to retry. All times are in seconds.
-
-    `max_retries` does not count the first attempt. The n-th retry waits `base_delay` * 2**(n-1), at most `max_delay`;
-    with `jitter` a random part of that. `timeout` limits a whole call with its delays, `attempt_timeout` each attempt.
-    An error whose `retry_after` is more than `max_retry_after` is not waited for.
-    """
-
-    max_retries: int = 3
-    base_delay: float = 1.0
-    max_delay: float = 30.0
-    jitter: bool = True
-    timeout: float | None = None
-    attempt_timeout: float | None = None
-    max_retry_after: float = 60.0
-
-    def __post_init__(self) -> None:
-        _check.count("max_retries", self.max_retries, minimum=0)
-        for name in ("base_delay", "max_delay", "max_retry_after"):
-            _check.duration(name, getattr(self, name), zero=True)
-        for name in ("timeout", "attempt_timeout"):
-            if getattr(self, name) is not None:
-                _check.duration(name, getattr(self, name))
-        if not isinstance(self.jitter, bool):
-            raise TypeError(f"jitter must be True or False, not {self.jitter!r}")
-        if self.base_delay > self.max_delay:
-            raise ValueError(f"base_delay must be at most max_delay={self.max_delay!r}, not {self.base_delay!r}")
-        if self.timeout is not None and self.timeout < (self.attempt_timeout or 0):
-            raise ValueError(f"attempt_timeout must be at most timeout={self.timeout!r}, not {self.attempt_timeout!r}")
 
 
 class Retrier(Guard):
@@ -278,11 +237,10 @@ class Attempts:
         if self._state != "ready":
             raise RuntimeError("an attempt is entered once, in its own turn of the loop")
         self._state = "running"
-        deadline, limit = self._deadline, self._retrier.policy.attempt_timeout
-        if limit is not None:
-            deadline = min(deadline, now() + limit)
-        if deadline != math.inf:
-            self._scope = anyio.CancelScope(deadline=deadline)
+        limit = self._retrier.policy.attempt_timeout
+        if limit is not None or self._deadline != math.inf:
+            self._scope = anyio.CancelScope()
+            self._scope.deadline = self._deadline if limit is None else min(self._deadline, now() + limit)
             self._scope.__enter__()
         return self
 
@@ -303,7 +261,7 @@ class Attempts:
         """Return what to say of an attempt that a limit of ours cut."""
         policy = self._retrier.policy
         final = now() >= self._deadline
-        limit = policy.timeout if final else policy.attempt_timeout
+        limit = policy.timeout if final else policy.attempt_timeout  # what cut it is not None
         late = CallTimeout(name=self._retrier.name, timeout=limit or math.inf)
         late.__cause__ = earlier if final and earlier is not None else cut
         return late

@@ -97,7 +97,8 @@ class Timeout(Guard):
         self._leave(scope, error)
 
     def _enter(self) -> CancelScope:
-        scope = CancelScope(deadline=now() + self._timeout)
+        scope = CancelScope()  # the first one of a process takes long: anyio loads its backend then
+        scope.deadline = now() + self._timeout
         scope.__enter__()
         return scope
 

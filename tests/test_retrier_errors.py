@@ -202,6 +202,11 @@ async def async_predicate(_: Exception) -> bool:
     return True
 
 
+class AsyncPredicate:
+    async def __call__(self, _: Exception) -> bool:
+        return True
+
+
 @pytest.mark.parametrize(
     ("on", "kind", "message"),
     [
@@ -214,6 +219,7 @@ async def async_predicate(_: Exception) -> bool:
         (asyncio.CancelledError, TypeError, "cancellations are never retried"),
         (ExceptionGroup, ValueError, "on is asked about each error in a group: name those"),
         (async_predicate, TypeError, "on must be a plain function, whose answer is there at once"),
+        (AsyncPredicate(), TypeError, "on must be a plain function, whose answer is there at once"),
     ],
 )
 def test_on_must_say_which_errors(on: Any, kind: type[Exception], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Which errors may be retried: what `on` says of them, and what they say of themselves.
+"""How often to retry, and which errors: what `on` says of them, and what they say of themselves.
 
 >>> from meshkit.errors import PeerLost
 >>> rule = RetryRule(on=Exception, idempotent=False)
@@ -10,15 +10,50 @@
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
+from meshkit import _check
 from meshkit.errors import Closed, MeshkitError, RemoteError, Untrusted
 from meshkit.events import report
 
-__all__ = ["NOT_COVERED", "On", "RetryRule", "asked_delay"]
+__all__ = ["NOT_COVERED", "On", "RetryPolicy", "RetryRule", "asked_delay"]
 
 On: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
 """What the caller says may be retried: a class, several, or a predicate."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryPolicy:
+    """How often, how patiently and for how long to retry. All times are in seconds.
+
+    `max_retries` does not count the first attempt. The n-th retry waits `base_delay` * 2**(n-1), at most `max_delay`;
+    with `jitter` a random part of that. `timeout` limits a whole call with its delays, `attempt_timeout` each attempt.
+    An error whose `retry_after` is more than `max_retry_after` is not waited for.
+    """
+
+    max_retries: int = 3
+    base_delay: float = 1.0
+    max_delay: float = 30.0
+    jitter: bool = True
+    timeout: float | None = None
+    attempt_timeout: float | None = None
+    max_retry_after: float = 60.0
+
+    def __post_init__(self) -> None:
+        _check.count("max_retries", self.max_retries, minimum=0)
+        for name in ("base_delay", "max_delay", "max_retry_after"):
+            _check.duration(name, getattr(self, name), zero=True)
+        for name in ("timeout", "attempt_timeout"):
+            if getattr(self, name) is not None:
+                _check.duration(name, getattr(self, name))
+        if not isinstance(self.jitter, bool):
+            raise TypeError(f"jitter must be True or False, not {self.jitter!r}")
+        if self.base_delay > self.max_delay:
+            raise ValueError(f"base_delay must be at most max_delay={self.max_delay!r}, not {self.base_delay!r}")
+        if self.timeout is not None and self.timeout < (self.attempt_timeout or 0):
+            raise ValueError(f"attempt_timeout must be at most timeout={self.timeout!r}, not {self.attempt_timeout!r}")
+
 
 NOT_COVERED = "`on` does not cover it"
 _NO_USE = (Untrusted, Closed, RemoteError)  # the last may say otherwise of itself: `retryable`
@@ -90,7 +125,7 @@ def _members(group: Any) -> tuple[Exception, ...]:
 def _checked(on: Any) -> tuple[tuple[type[Exception], ...], Callable[[Exception], bool] | None]:
     """Return `on` as classes and a predicate, one of which is missing."""
     if callable(on) and not isinstance(on, type):
-        if inspect.iscoroutinefunction(on):
+        if inspect.iscoroutinefunction(on) or inspect.iscoroutinefunction(on.__call__):
             raise TypeError(f"on must be a plain function, whose answer is there at once, not {on!r}")
         return (), cast("Callable[[Exception], bool]", on)
     classes: tuple[Any, ...] = on if isinstance(on, tuple) else (on,)  # pyright: ignore[reportUnknownVariableType]  # judged below
