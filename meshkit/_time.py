@@ -6,6 +6,7 @@ every utility, and what a utility measures can never disagree with how long it s
 
 import asyncio
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 # Public and documented (for authors of loops), whatever its name says; unlike get_running_loop() it does not raise.
@@ -16,6 +17,28 @@ def now() -> float:
     """Return monotonic seconds: the running loop's `time()`, or `time.monotonic()` where no loop runs."""
     loop = running_loop()
     return time.monotonic() if loop is None else loop.time()
+
+
+class Clock:
+    """`now()` for an object that one loop at a time uses, at less than half its price on Python 3.11.
+
+    Asking the loop that ran last time whether it still runs is cheaper than asking which one runs.
+    """
+
+    __slots__ = ("_loop", "_read")
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._read: Callable[[], float] = time.monotonic
+
+    def now(self) -> float:
+        """Return the same as the function `now`."""
+        loop = self._loop
+        if loop is None or not loop.is_running():
+            loop = self._loop = running_loop()
+            ordinary = loop is None or getattr(type(loop), "time", None) is asyncio.BaseEventLoop.time
+            self._read = time.monotonic if ordinary or loop is None else loop.time
+        return self._read()
 
 
 def wall() -> float:
