@@ -48,5 +48,4 @@ class Checkpoint(Service):
         if restarts.has_quorum and vote.subject not in self.decided:
             self.decided[vote.subject] = (restarts.result(), uptime.result())
             outcome = restarts.outcome()
-            trimmed = f" (not counted: {', '.join(outcome.trimmed)})" if outcome.trimmed else ""
-            self.log.info(f"{vote.subject} restarted {outcome.value} times{trimmed}")
+            self.log.info("%s restarted %s times", vote.subject, outcome.value, not_counted=list(outcome.trimmed))

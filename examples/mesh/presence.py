@@ -7,7 +7,11 @@ several nodes at once, and passed on once.
 import anyio
 import msgspec
 
-from meshkit import DedupCache, Message, MeshkitError, RateLimiter, Service, broadcast, handles, request
+from meshkit import DedupCache, MeshkitError, Message, RateLimiter, Service, broadcast, handles, request
+
+
+class Ping(msgspec.Struct, frozen=True):
+    """Asks whether somebody is there."""
 
 
 class News(msgspec.Struct, frozen=True):
@@ -17,7 +21,7 @@ class News(msgspec.Struct, frozen=True):
     present: bool
 
 
-PING = request("presence:ping", None, reply=bool)
+PING = request("presence:ping", Ping, reply=bool)
 NEWS = broadcast("presence:news", News)
 
 
@@ -53,12 +57,12 @@ class Presence(Service):
     async def ping(self, peer: str) -> bool:
         """Ask `peer` for an answer."""
         try:
-            return await self.rt.call(PING, None, to=peer, timeout=0.5)
+            return await self.rt.call(PING, Ping(), to=peer, timeout=0.5)
         except MeshkitError:
             return False
 
     @handles(PING)
-    async def pong(self, msg: Message[None]) -> bool:
+    async def pong(self, msg: Message[Ping]) -> bool:
         """Answer."""
         return True
 
@@ -72,4 +76,4 @@ class Presence(Service):
         self.gossip.forget(f"{news.about} {not news.present}")
         (self.silent.discard if news.present else self.silent.add)(news.about)
         if news.about != self.rt.name:
-            self.log.info(f"{news.about} is {'back' if news.present else 'silent'}, says {msg.sender}")
+            self.log.info("%s is %s, says %s", news.about, "back" if news.present else "silent", msg.sender)
