@@ -32,7 +32,7 @@ async def main() -> None:
 
         await asyncio.sleep(0.3)  # nothing happens for a while, and the groups are written
         social.event("join", "erin", instant=True)
-        social.event("leave", "erin")  # this one waits in its group until the end of the block
+        social.event("visit", "erin")  # this one waits in its group until the end of the block
 
 
 if __name__ == "__main__":

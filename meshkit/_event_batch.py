@@ -3,9 +3,9 @@
 >>> batch = EventBatch(window=3.0, max_wait=15.0, max_groups=1000, max_entries=250)
 >>> for second, actor in enumerate(["alice", "carol", "dave"]):
 ...     opened = batch.add(("social", "tease", "bob"), actor, None, 1, {}, now=float(second))
->>> batch.due(now=4.9), batch.next_due
-([], 5.0)
->>> [group] = batch.due(now=5.0)
+>>> batch.take(now=4.9), batch.next_due
+(None, 5.0)
+>>> group = batch.take(now=5.0)
 >>> sentence(group.key, group.counts)
 'alice, carol, and dave teased bob'
 
@@ -15,6 +15,8 @@ The treaty:
 - A group keeps one entry, a count, for each different (actor, message); the counts of its entries add up to what was
   added. Beyond `max_entries` an actor that is known loses its further messages, and new ones go by the name `OTHERS`.
 - Beyond `max_groups`, events that would open another group are dropped and counted, by service.
+- A finalizer or a signal handler may log in the middle of any step. What must not be torn apart is therefore done
+  without a call in between: `counts[entry] += count`, not `get` and then set.
 """
 
 import heapq
@@ -57,7 +59,8 @@ class Group:
                 self._known = {actor for actor, _ in self.counts}
             entry = (entry[0] if entry[0] in self._known else OTHERS, None)
         self._firsts.setdefault(entry, now)
-        self.counts[entry] = self.counts.get(entry, 0) + count
+        self.counts.setdefault(entry, 0)
+        self.counts[entry] += count
 
     def entries(self) -> Iterator[tuple[tuple[str, str | None], int, float]]:
         """Yield (actor, message), how many, and when first."""
@@ -77,7 +80,7 @@ class Group:
 
 
 class EventBatch:
-    """Collects events into groups: `(event, now) -> the groups that are due`. Times in seconds, of any one clock.
+    """Collects events into groups, `take` gives those that are due. Times in seconds, of any one clock.
 
     Cost: two dict look-ups per event. A group has one place in a heap, never later than it is due, which is put right
     when it comes up: O(log groups), at most once a window for each group, however many events there are.
@@ -116,42 +119,33 @@ class EventBatch:
         entry = (actor, message)
         group = self._groups.get(key)
         if group is not None:
-            group.last = now
-            before = group.counts.get(entry)
-            if before is not None:
-                group.counts[entry] = before + count
-            else:
+            try:
+                group.counts[entry] += count
+            except KeyError:
                 group.enter(entry, count, now, self._max_entries)
+            group.last = now
             if fields is not group.fields and group.fields:
                 group.share(fields)
             return None
         if len(self._groups) >= self._max_groups:
             self._drop(key[0], count, now)
             return None
-        group = self._groups[key] = Group(key, fields, now)
-        group.enter(entry, count, now, self._max_entries)
+        group = Group(key, fields, now)
+        group.enter(entry, count, now, self._max_entries)  # first of all: an actor that has no hash raises here
+        if self._groups.setdefault(key, group) is not group:  # opened meanwhile, by a finalizer
+            return self.add(key, actor, message, count, fields, now)
         heapq.heappush(self._heap, (now + self._window, next(self._order), group))
         return group
 
-    def due(self, now: float, limit: int | None = None) -> list[Group]:
-        """Take out the groups that are due, in the order in which they fell due; at most `limit` of them."""
-        taken: list[Group] = []
-        while self._heap and self._heap[0][0] <= now and len(taken) != limit:
-            supposed, order, group = self._heap[0]
+    def take(self, now: float) -> Group | None:
+        """Take out the group that fell due first, if one is due."""
+        while self._heap and self._heap[0][0] <= now:
+            supposed, order, group = heapq.heappop(self._heap)
             when = min(group.last + self._window, group.opened + self._max_wait)
-            if when > supposed:
-                heapq.heapreplace(self._heap, (when, order, group))
-            else:
-                heapq.heappop(self._heap)
-                taken.append(self._groups.pop(group.key))
-        return taken
-
-    def take_all(self) -> list[Group]:
-        """Take out all groups, in the order in which they were opened."""
-        taken = list(self._groups.values())
-        self._groups.clear()
-        self._heap.clear()
-        return taken
+            if when <= supposed:
+                return self._groups.pop(group.key)
+            heapq.heappush(self._heap, (when, order, group))
+        return None
 
     def take_dropped(self, now: float) -> dict[str, int]:
         """Return the events dropped by service and forget them: once a window, or as soon as no group is open."""
@@ -186,10 +180,10 @@ def sentence(key: Key, counts: Mapping[tuple[str, str | None], int]) -> str:
     """
     service, event_type, target = key
     actors = list(dict.fromkeys(actor for actor, _ in counts))
-    messages = list(dict.fromkeys(message for _, message in counts if message))
+    messages = list(dict.fromkeys(str(message) for _, message in counts if message is not None and message != ""))
     total = sum(counts.values())
     times = "" if total == len(actors) and OTHERS not in actors else f" (x{total})"
-    verb = past_tense(event_type)
+    verb = past_tense(str(event_type))
     if verb is None:
         done = f"did {event_type}" if target is None else f"did {event_type} to {target}"
     elif messages and all(message.startswith(f"{verb} ") for message in messages):
@@ -221,37 +215,25 @@ def names(actors: Iterable[str]) -> str:
     return f"{', '.join(listed[:-1])}, and {listed[-1]}"
 
 
-_IRREGULAR: dict[str, str] = dict(
-    re.findall(
-        r"(\w+):(\w+)",
-        "begin:began break:broke build:built find:found get:got give:gave go:went hold:held keep:kept leave:left "
-        "lose:lost make:made meet:met panic:panicked put:put quit:quit read:read run:ran see:saw send:sent set:set "
-        "speak:spoke take:took tell:told wake:woke win:won write:wrote",
-    )
-)
-_PAST = frozenset(_IRREGULAR.values())
-_DOUBLED = {"admit", "commit", "defer", "emit", "infer", "occur", "omit", "permit", "refer", "submit", "transfer"}
 _SHORT = re.compile(r"[^aeiou]*[aeiou][bdfgklmnprstvz]")
 
 
 def past_tense(event_type: str) -> str | None:
     """Return the past tense of an event type that is one word in lower case, else None.
 
-    The rules: stored stays stored (so does what ends in -ed); store -> stored; study -> studied; one short syllable
-    doubles its consonant, stop -> stopped; all others take -ed, sync -> synced. Some forty common words that the rules
-    would get wrong are listed: send -> sent, commit -> committed. For all else there is `register_formatter`.
+    What ends in -ed stays as it is, store -> stored, study -> studied, one short syllable doubles its consonant
+    (stop -> stopped), all others take -ed (sync -> synced). There is no list of exceptions: for those there is
+    `register_formatter`.
     """
     word = event_type
     if not (word.isascii() and word.isalpha() and word.islower()):
         return None
-    if word in _IRREGULAR:
-        return _IRREGULAR[word]
-    if word in _PAST or (word.endswith("ed") and not word.endswith("eed")):
+    if word.endswith("ed") and not word.endswith("eed"):
         return word
     if word.endswith("e"):
         return f"{word}d"
     if len(word) > 1 and word.endswith("y") and word[-2] not in "aeiou":
         return f"{word[:-1]}ied"
-    if word in _DOUBLED or _SHORT.fullmatch(word):
+    if _SHORT.fullmatch(word):
         return f"{word}{word[-1]}ed"
     return f"{word}ed"

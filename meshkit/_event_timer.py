@@ -3,9 +3,9 @@
 >>> import asyncio
 >>> from meshkit.testing import run
 >>> async def main():
-...     def write(groups, dropped):
-...         print(f"{asyncio.get_running_loop().time():.0f} s: {groups[0].counts}")
-...     batch = TimedBatch(write, batch_window=3.0, max_wait=None, max_groups=1000, max_entries=250)
+...     def write(group):
+...         print(f"{asyncio.get_running_loop().time():.0f} s: {group.counts}")
+...     batch = TimedBatch(write, print, batch_window=3.0, max_wait=None, max_groups=1000, max_entries=250)
 ...     for _ in range(5):
 ...         batch.add(("stash", "request", None), "alice", None, 1, {})
 ...         await asyncio.sleep(2)
@@ -15,7 +15,7 @@
 11 s: {('alice', None): 5}
 """
 
-import atexit
+import contextvars
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
@@ -31,17 +31,19 @@ __all__ = ["TimedBatch"]
 
 
 class TimedBatch:
-    """Calls `write(groups, dropped)` with groups when they are due, at most 50 in one pass of the loop.
+    """Calls `write(group)` with each group when it is due, at most 50 in one pass of the loop.
 
-    `dropped` says how many events of which service were dropped, where that is to be told now. The batch belongs to
-    the loop that used it first until that loop has ended, then to the next one that uses it.
+    Where events were dropped, `tell(dropped)` says of which service how many, after groups are written. Both are called
+    in an empty context: a line about many events must not bear the request id of whoever set the timer. The batch
+    belongs to the loop that used it first until that loop has ended, then to the next one that uses it.
     """
 
     MAX_GROUPS_AT_ONCE = 50  # a millisecond of work, at the price of a line
 
     def __init__(
         self,
-        write: Callable[[list[Group], dict[str, int]], None],
+        write: Callable[[Group], None],
+        tell: Callable[[dict[str, int]], None],
         *,
         batch_window: float,
         max_wait: float | None,
@@ -57,8 +59,8 @@ class TimedBatch:
         self.groups = EventBatch(window=self.window, max_wait=max_wait, max_groups=max_groups, max_entries=max_entries)
         self.closed = False
         self._write = write
+        self._tell = tell
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._now = now  # the clock of the loop once there is one, without asking at each event which loop runs
         self._timer: asyncio.TimerHandle | None = None
 
     def add(self, key: Key, actor: str, message: str | None, count: int, fields: Mapping[str, object]) -> bool:
@@ -66,7 +68,7 @@ class TimedBatch:
         loop = running_loop()
         if loop is None or (loop is not self._loop and not self._take_up(loop)):
             return False
-        at = self._now()
+        at = loop.time()
         opened = self.groups.add(key, actor, message, count, fields, at)
         if opened is not None:
             opened.epoch = wall() - at
@@ -78,22 +80,23 @@ class TimedBatch:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._give(self.groups.take_all(), math.inf)
+        self._write_due(math.inf, len(self.groups))
 
     def close(self) -> None:
         """Write all groups now, and take no more events. Idempotent."""
         self.closed = True
         self._loop = None
-        atexit.unregister(self.close)
         self.flush()
+
+    def __del__(self) -> None:
+        if getattr(self, "groups", None):  # as a file does: what its owner forgot to write
+            self.close()
 
     def _take_up(self, loop: "asyncio.AbstractEventLoop") -> bool:
         if self.closed or (self._loop is not None and self._loop.is_running()):
             return False  # it runs in another thread, and the batch is there
-        if self._loop is None:
-            atexit.register(self.close)  # a program may end without closing it
         self.flush()  # what a loop left behind when it ended
-        self._loop, self._now = loop, loop.time
+        self._loop = loop
         return True
 
     def _wake_up(self) -> None:
@@ -104,11 +107,17 @@ class TimedBatch:
 
     def _on_timer(self, when: float) -> None:
         self._timer = None
-        at = max(self._now(), when)  # the timers of some loops are a little early
-        groups = self.groups.due(at, self.MAX_GROUPS_AT_ONCE)
-        self._wake_up()
-        self._give(groups, at)
+        self._write_due(max(now(), when), self.MAX_GROUPS_AT_ONCE)  # the timers of some loops are a little early
 
-    def _give(self, groups: list[Group], at: float) -> None:
-        if groups:  # where there are none, nothing can have been dropped either
-            self._write(groups, self.groups.take_dropped(at))
+    def _write_due(self, at: float, limit: int) -> None:
+        context = contextvars.Context()
+        try:
+            for _ in range(limit):
+                group = self.groups.take(at)  # one by one: where writing is interrupted, the others are not lost
+                if group is None:
+                    break
+                context.run(self._write, group)
+            if dropped := self.groups.take_dropped(at):
+                context.run(self._tell, dropped)
+        finally:
+            self._wake_up()

@@ -59,18 +59,22 @@ class LogLines:
     def write(
         self, service: Service, level: str, event: str, args: tuple[object, ...], fields: Mapping[str, object]
     ) -> None:
-        """Write a line. The first error of a series of them is reported; the others are counted."""
+        """Write a line, or count it as lost."""
         about = {"service": service.name, "emoji": service.emoji} if service.emoji else {"service": service.name}
         try:
             text = _interpolate(event, args)
             getattr(self._target(service.name), level)(text, **{**about, **self._node, **fields})
         except Exception as error:  # noqa: BLE001 - a closed pipe, or a field that cannot be shown, stops no service
-            self.failed += 1
-            if not self._failing:
-                self._failing = True  # set first: whoever is told may log it, here
-                report(error, "a log line could not be written", self)
+            self.lost(error)
         else:
             self._failing = False
+
+    def lost(self, error: Exception) -> None:
+        """Count a line that could not be written. The first error of a series of them is reported."""
+        self.failed += 1
+        if not self._failing:
+            self._failing = True  # set first: whoever is told may log it, here
+            report(error, "a log line could not be written", self)
 
 
 def _interpolate(event: str, args: tuple[object, ...]) -> str:
@@ -135,7 +139,7 @@ def _wants_colours(stream: TextIO) -> bool:
         return True
     try:
         return stream.isatty() and os.environ.get("TERM") != "dumb"
-    except ValueError:  # it is closed
+    except (ValueError, AttributeError):  # it is closed, or has only what lines need
         return False
 
 

@@ -15,7 +15,6 @@ While an event loop runs, events of the same service, type and target are groupe
 without another: "alice, carol, and dave teased bob". It is built on structlog, and takes over nobody's configuration.
 """
 
-import contextvars
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self, TextIO, TypeAlias
@@ -209,7 +208,8 @@ class Logger:
         if level not in LEVELS:
             raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
         self._batch = TimedBatch(
-            self._write_groups,
+            self._write_group,
+            self._tell_dropped,
             batch_window=batch_window,
             max_wait=max_wait,
             max_groups=max_groups,
@@ -315,18 +315,18 @@ class Logger:
         bound = structlog.get_logger(f"meshkit.{service}").bind()
         return bound.sync_bl if isinstance(bound, structlog.stdlib.AsyncBoundLogger) else bound
 
-    def _write_groups(self, groups: list[Group], dropped: dict[str, int]) -> None:
-        # In a context of its own: a line about many events must not bear the request id of whoever set the timer.
-        context = contextvars.Context()
-        for group in groups:
-            context.run(self._write_group, group)
-        if dropped:
-            text = "%d events were dropped, of too many different targets at once: raise max_groups, or name fewer"
-            context.run(self.service("log").warning, text, sum(dropped.values()), dropped=dropped)
+    def _tell_dropped(self, dropped: dict[str, int]) -> None:
+        text = "%d events were dropped, of too many different targets at once: raise max_groups, or name fewer"
+        self.service("log").warning(text, sum(dropped.values()), dropped=dropped)
 
     def _write_group(self, group: Group, instant: bool = False) -> None:
         service, _ = self._services[group.key[0]]
-        self._lines.write(service, "info", self._text(group, instant), (), group.line_fields())
+        try:
+            text, fields = self._text(group, instant), group.line_fields()
+        except Exception as error:  # noqa: BLE001 - an actor that cannot be shown costs its line, and no other
+            self._lines.lost(error)
+        else:
+            self._lines.write(service, "info", text, (), fields)
 
     def _text(self, group: Group, instant: bool) -> str:
         service, event_type, target = group.key

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextvars
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -164,6 +166,45 @@ asyncio.run(main())
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ended.stderr[9:] == "[stash] alice stored stash\n"
     assert ended.stdout == ""
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_logger_that_nobody_holds_any_more_is_not_kept_and_writes_what_is_left(output: Output) -> None:
+    async def main() -> "weakref.ref[Logger]":
+        logger = Logger(output=output)
+        logger.service("stash").event("store", "alice")
+        return weakref.ref(logger)
+
+    logger = asyncio.run(main())
+    gc.collect()
+    assert logger() is None
+    assert output.lines == ["[stash] alice stored stash"]
+    with pytest.raises(ValueError, match="max_wait"):
+        Logger(max_wait=-1)  # what could not be made has nothing to write
+    gc.collect()
+
+
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_where_writing_is_interrupted_the_other_groups_are_not_lost(at_the_end: bool, output: Output) -> None:
+    def interrupt(entries: Sequence[LogEntry]) -> str:
+        raise KeyboardInterrupt
+
+    logger, loop = Logger(output=output), VirtualTimeLoop()
+
+    async def main() -> None:
+        logger.register_formatter("stash", "store", interrupt)
+        logger.service("stash").event("store", "alice")
+        logger.service("stash").event("request", "bob")
+        logger.service("stash").event("request", "carol")
+        if not at_the_end:
+            await asyncio.sleep(60)
+        logger.close()
+
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_until_complete(main())
+    logger.close()
+    loop.close()
+    assert output.lines == ["[stash] bob and carol requested stash"]
 
 
 def test_cancelling_a_service_anywhere_loses_no_event() -> None:

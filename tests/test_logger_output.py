@@ -368,6 +368,39 @@ async def test_a_field_that_cannot_be_shown_costs_its_line_and_no_more(output: i
     assert len(reports) == 1
 
 
+@pytest.mark.parametrize("instant", [True, False])
+async def test_an_event_that_cannot_be_told_costs_its_line_and_no_other(instant: bool, output: io.StringIO) -> None:
+    reports: Reports = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reports.append(context))
+    with Logger(output=output) as logger:
+        log = logger.service("stash")
+        log.event("store", Unspeakable())  # type: ignore[arg-type]  # that is the point
+        log.event("store", "bob", message=Unspeakable(), instant=instant)  # type: ignore[arg-type]  # as above
+        log.event("request", "alice")
+        await asyncio.sleep(4)
+        assert output.getvalue()[9:] == "[stash] alice requested stash\n"
+        assert logger.stats().failed == 1 + instant
+    assert [report["message"] for report in reports] == ["meshkit: a log line could not be written"]
+
+
+def test_a_stream_needs_no_more_than_to_take_text() -> None:
+    class Lines:
+        def __init__(self) -> None:
+            self.text = ""
+
+        def write(self, text: str) -> None:
+            self.text += text
+
+        def flush(self) -> None:
+            pass
+
+    stream = Lines()
+    with Logger(output=stream) as logger:  # type: ignore[arg-type]  # half a stream
+        logger.service("stash").info("ready")
+        assert logger.stats().failed == 0
+    assert stream.text[9:] == "[stash] ready\n"
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_what_the_encoding_of_the_stream_lacks_is_escaped(encoding: str) -> None:
     raw = io.BytesIO()
