@@ -91,7 +91,7 @@ def _portable(cause: BaseException | None) -> BaseException | None:
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value < 1000 else f"{value:.0f} s"
+    return f"{value:.3g} s" if value < 1000 else f"{value} s"
 
 
 # --- Refused: it did not start -----------------------------------------------------------------------------
