@@ -99,7 +99,10 @@ def _seconds(value: float) -> str:
 
 @dataclass(eq=False, kw_only=True)
 class Refused(MeshkitError):
-    """It did not start; it is safe to try again. `retry_after` is in seconds, None where nobody knows."""
+    """It did not start; it is safe to try again.
+
+    `retry_after` says in how many seconds; None where nobody knows.
+    """
 
     retry_after: float | None = None
 
