@@ -16,6 +16,13 @@ if TYPE_CHECKING:
         BatchStats as BatchStats,
         Taken as Taken,
     )
+    from meshkit.bulkhead import (
+        Bulkhead as Bulkhead,
+        BulkheadRefused as BulkheadRefused,
+        BulkheadStats as BulkheadStats,
+        BulkheadWaited as BulkheadWaited,
+        Slots as Slots,
+    )
     from meshkit.call_registry import (
         CallEnded as CallEnded,
         CallRegistry as CallRegistry,
@@ -61,7 +68,15 @@ if TYPE_CHECKING:
         Untrusted as Untrusted,
     )
     from meshkit.events import Event as Event, Observer as Observer, notify as notify, report as report
-    from meshkit.guard import Guard as Guard, PerKey as PerKey, Stack as Stack, stack as stack
+    from meshkit.guard import (
+        Guard as Guard,
+        PerKey as PerKey,
+        PerKeyStats as PerKeyStats,
+        Stack as Stack,
+        require_async as require_async,
+        stack as stack,
+    )
+    from meshkit.hedger import Hedger as Hedger, HedgeStarted as HedgeStarted, HedgeWon as HedgeWon
     from meshkit.logger import (
         EventFormatter as EventFormatter,
         LogEntry as LogEntry,
@@ -69,6 +84,14 @@ if TYPE_CHECKING:
         LoggerStats as LoggerStats,
         LogLevel as LogLevel,
         ServiceLog as ServiceLog,
+    )
+    from meshkit.rate_limiter import (
+        KeyLimit as KeyLimit,
+        LimitDenied as LimitDenied,
+        LimitWaited as LimitWaited,
+        RateLimiter as RateLimiter,
+        RateLimiterStats as RateLimiterStats,
+        SlidingWindow as SlidingWindow,
     )
     from meshkit.retrier import (
         Attempts as Attempts,
@@ -133,12 +156,22 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
                 "Untrusted",
             ],
             "events": ["Event", "Observer", "notify", "report"],
-            "guard": ["Guard", "PerKey", "Stack", "stack"],
+            "guard": ["Guard", "PerKey", "PerKeyStats", "Stack", "require_async", "stack"],
             "batch": ["Batch", "BatchCollector", "BatchDone", "BatchStats", "Taken"],
+            "bulkhead": ["Bulkhead", "BulkheadRefused", "BulkheadStats", "BulkheadWaited", "Slots"],
             "call_registry": ["CallEnded", "CallRegistry", "CallRegistryStats", "PendingCalls", "ReplyIgnored"],
             "circuit_breaker": ["Circuit", "CircuitBreaker", "CircuitChanged", "CircuitStats", "FailureRate", "State"],
             "encryptor": ["Encryptor", "Sealed"],
+            "hedger": ["HedgeStarted", "HedgeWon", "Hedger"],
             "logger": ["EventFormatter", "LogEntry", "LogLevel", "Logger", "LoggerStats", "ServiceLog"],
+            "rate_limiter": [
+                "KeyLimit",
+                "LimitDenied",
+                "LimitWaited",
+                "RateLimiter",
+                "RateLimiterStats",
+                "SlidingWindow",
+            ],
             "retrier": [
                 "Attempts",
                 "Backoff",
