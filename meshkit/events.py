@@ -13,11 +13,10 @@ traces and tests are all observers. Nobody listening costs one `is None`.
 [Landed(planet='Mars')]
 """
 
-import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from meshkit._time import running_loop
 
@@ -54,11 +53,20 @@ def report(error: Exception, message: str, source: object) -> None:
     if loop is not None:
         loop.call_exception_handler({"message": f"meshkit: {message}", "exception": error})
         return
-    unraisable: Any = SimpleNamespace(  # what the hook is given cannot be constructed; this has its attributes
-        exc_type=type(error),
-        exc_value=error,
-        exc_traceback=error.__traceback__,
-        err_msg=f"meshkit: {message}",
-        object=source,
-    )
-    sys.unraisablehook(unraisable)
+    # The hook cannot be called from here: Python's own takes only what the interpreter makes. So the error is raised
+    # where the interpreter has nobody else to tell: in the callback of a weak reference.
+    gone: set[object] = set()
+    reference = weakref.ref(gone, _Raise(error, message, source))
+    del gone, reference
+
+
+class _Raise:
+    def __init__(self, error: Exception, message: str, source: object) -> None:
+        self._error, self._message, self._source = error, message, source
+
+    def __call__(self, _: object) -> None:
+        raise self._error
+
+    def __repr__(self) -> str:
+        """What the hook says was at work: "Exception ignored in: meshkit: observer failed on Event: <function ...>"."""
+        return f"meshkit: {self._message}: {self._source!r}"
