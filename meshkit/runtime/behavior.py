@@ -22,12 +22,13 @@ import functools
 import types
 import typing
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Generic, TypeVar, overload
 
 import msgspec
 
 from meshkit.runtime.message import Message, check_name
+from meshkit.runtime.wire import require_portable
 
 __all__ = [
     "Behavior",
@@ -86,6 +87,9 @@ class Behavior(Generic[P]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.kind!r}, {_name(self.payload)})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(getattr(self, field.name) for field in fields(self))  # decoders do not pickle
+
     @functools.cached_property
     def decoder(self) -> msgspec.msgpack.Decoder[P]:
         """What decodes its payload, checking every field. Made at first use, when all types are defined."""
@@ -93,6 +97,7 @@ class Behavior(Generic[P]):
 
     def prepare(self) -> None:
         """Raise an error if its types cannot travel, and have to."""
+        require_portable(self.payload)
         _ = self.decoder
 
     @functools.cached_property
@@ -138,7 +143,9 @@ class Request(Behavior[P], Generic[P, R]):
 
     def prepare(self) -> None:
         """Raise an error if its types cannot travel."""
-        _ = self.decoder, self.reply_decoder
+        super().prepare()
+        require_portable(self.reply)
+        _ = self.reply_decoder
 
     @functools.cached_property
     def _reply_class(self) -> Any:

@@ -50,6 +50,7 @@ class Life:
             service.name: Crew(f"meshkit:{node}:{service.name}", functools.partial(self._on_task_failure, service))
             for service in graph.services
         }
+        self._joined = False
         self._started: list[Service] = []
         self.router = Router(node, graph, self._crews, transport, self._log)
         self.home = Home(f"meshkit:{node}:runtime:home", self._live)
@@ -62,6 +63,7 @@ class Life:
         try:
             self._init()
             await self._transport.start(self.node, self.router)
+            self._joined = True
             for service in self._graph.services:
                 await self._start(service)
             home.opened()
@@ -76,7 +78,8 @@ class Life:
             for service in reversed(self._graph.services):
                 await self._stop(service)
             self.router.dispatcher.close()
-            await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "closing the transport")
+            if self._joined:
+                await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "closing the transport")
             self._finish()
         if self.failure is not None:
             raise self.failure

@@ -27,7 +27,7 @@ class Transport(Protocol):
     """
 
     async def start(self, node: str, receiver: Receiver) -> None:
-        """Join the mesh as `node`; from now on hand what arrives to `receiver`."""
+        """Join the mesh as `node`, and hand what arrives to `receiver`. If this raises, nothing is left behind."""
         ...
 
     @property

@@ -10,9 +10,10 @@ Who sent it is not in it: that is for the transport to know. Payloads are embedd
 only once it is known what they are.
 """
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, cast
 
 import msgspec
+import msgspec.inspect
 
 from meshkit.errors import (
     Draining,
@@ -35,6 +36,7 @@ __all__ = [
     "decode",
     "encode",
     "encode_payload",
+    "require_portable",
     "to_error",
 ]
 
@@ -100,6 +102,21 @@ encode = _ENCODER.encode
 def encode_payload(payload: object) -> msgspec.Raw:
     """Return `payload` as it travels."""
     return msgspec.Raw(_ENCODER.encode(payload))
+
+
+def require_portable(declared: object) -> None:
+    """Raise `TypeError` if there is a class in the declared type that msgspec does not know how to encode."""
+    todo: list[object] = [msgspec.inspect.type_info(declared)]
+    seen: set[int] = set()
+    while todo:
+        info = todo.pop()
+        if isinstance(info, msgspec.inspect.CustomType):
+            raise TypeError(f"{info.cls.__name__} is not a Struct, a dataclass or another type that msgspec encodes")
+        if isinstance(info, tuple):
+            todo.extend(cast("tuple[object, ...]", info))
+        elif isinstance(info, msgspec.inspect.Type | msgspec.inspect.Field) and id(info) not in seen:
+            seen.add(id(info))
+            todo.extend(getattr(info, name) for name in info.__struct_fields__ if not name.startswith("default"))
 
 
 def decode(frame: bytes) -> Wire:

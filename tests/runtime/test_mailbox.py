@@ -1,0 +1,322 @@
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshkit.errors import Closed, Overloaded
+from meshkit.runtime.crew import Crew
+from meshkit.runtime.mailbox import Mailbox
+from meshkit.testing import cancellation_points, run
+
+Handler = Callable[[Any], Coroutine[Any, Any, None]]
+
+
+class Boxed:
+    """A mailbox with a crew, and a record of what its handler began and ended."""
+
+    def __init__(self, *, max_mailbox: int = 10, max_concurrent: int = 3, handler: Handler | None = None) -> None:
+        self.crew = Crew("meshkit:alice:x", lambda *_: None)
+        self.box: Mailbox[Any] = Mailbox(
+            "mailbox", self._run, self.crew.spawn, max_mailbox=max_mailbox, max_concurrent=max_concurrent
+        )
+        self.begun: list[Any] = []
+        self.ended: list[Any] = []
+        self.most = 0
+        self._handler = handler or asyncio.sleep
+
+    async def _run(self, item: Any) -> None:
+        self.begun.append(item)
+        self.most = max(self.most, self.box.running)
+        await self._handler(item)
+        self.ended.append(item)
+
+    async def put(self, item: Any) -> None:
+        await self.box.reserve()
+        self.box.put(item, reserved=True)
+
+    async def end(self) -> None:
+        self.box.close()
+        assert await self.crew.end(1.0) == []
+
+
+async def test_items_begin_in_order_and_run_at_the_same_time_up_to_the_limit() -> None:
+    boxed = Boxed(max_concurrent=3)
+    for seconds in (9, 4, 3, 5, 1):
+        boxed.box.put(seconds)
+    boxed.box.open()
+    await boxed.box.quiet()
+    assert boxed.begun == [9, 4, 3, 5, 1]
+    assert boxed.ended == [3, 4, 1, 5, 9]
+    assert boxed.most == 3
+    assert asyncio.get_running_loop().time() == 9
+    await boxed.end()
+
+
+async def test_with_one_worker_each_item_ends_before_the_next_begins() -> None:
+    boxed = Boxed(max_concurrent=1)
+    boxed.box.open()
+    for seconds in (3, 2, 1):
+        boxed.box.put(seconds)
+    await boxed.box.quiet()
+    assert boxed.ended == [3, 2, 1]
+    assert asyncio.get_running_loop().time() == 6
+    await boxed.end()
+
+
+async def test_nothing_begins_before_it_is_opened() -> None:
+    boxed = Boxed()
+    boxed.box.put(0)
+    await asyncio.sleep(1)
+    assert boxed.begun == []
+    boxed.box.open()
+    await boxed.box.quiet()
+    assert boxed.ended == [0]
+    await boxed.end()
+
+
+async def test_an_idle_mailbox_keeps_one_worker_and_an_unused_one_none() -> None:
+    boxed = Boxed(max_concurrent=10)
+    boxed.box.open()
+    assert not len_of(boxed)
+    for _ in range(10):
+        boxed.box.put(1)
+    await asyncio.sleep(0.5)
+    assert len_of(boxed) == 10
+    await asyncio.sleep(1)
+    assert len_of(boxed) == 1
+    boxed.box.put(0)
+    await boxed.box.quiet()
+    assert len_of(boxed) == 1
+    await boxed.end()
+
+
+def len_of(boxed: Boxed) -> int:
+    return sum(task in boxed.crew for task in asyncio.all_tasks())
+
+
+async def test_workers_have_names() -> None:
+    boxed = Boxed()
+    boxed.box.open()
+    boxed.box.put(1)
+    boxed.box.put(1)
+    await asyncio.sleep(0.5)
+    names = {task.get_name() for task in asyncio.all_tasks()}
+    assert {"meshkit:alice:x:worker-1", "meshkit:alice:x:worker-2"} <= names
+    await boxed.end()
+
+
+async def test_handlers_that_do_not_wait_let_others_run_now_and_then() -> None:
+    async def at_once(_: Any) -> None: ...
+
+    boxed = Boxed(max_mailbox=1000, max_concurrent=1, handler=at_once)
+    for number in range(1000):
+        boxed.box.put(number)
+    boxed.box.open()
+    turns = 0
+    while boxed.box.busy:
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 1000 / Mailbox.FAIRNESS
+    await boxed.end()
+
+
+async def test_whoever_waits_for_room_gets_it_in_order_and_nobody_overtakes() -> None:
+    boxed = Boxed(max_mailbox=1, max_concurrent=1)
+    boxed.box.put(1)
+    waiting = [asyncio.create_task(boxed.put(item)) for item in (2, 3)]
+    await asyncio.sleep(0)
+    assert not boxed.box.has_room
+    boxed.box.open()
+    await asyncio.sleep(0.5)
+    assert len(boxed.box) == 1, "the first one waited for the place that became free"
+    assert not boxed.box.has_room
+    await asyncio.gather(*waiting)
+    await boxed.box.quiet()
+    assert boxed.ended == [1, 2, 3]
+    await boxed.end()
+
+
+async def test_who_is_given_a_place_has_it_before_anybody_else_can_take_it() -> None:
+    boxed = Boxed(max_mailbox=1)
+    boxed.box.put("a")
+    waiting = asyncio.create_task(boxed.put("b"))
+    await asyncio.sleep(0)
+    assert boxed.box.discard("a")
+    assert not boxed.box.has_room, "the place is promised, though nothing is in it"
+    await waiting
+    assert boxed.box.close() == ["b"]
+
+
+def test_a_cancelled_waiter_gives_its_place_to_the_next() -> None:
+    for point in cancellation_points():
+
+        async def main() -> None:
+            boxed = Boxed(max_mailbox=1)
+            boxed.box.put("a")
+            asyncio.get_running_loop().call_later(1, boxed.box.discard, "a")
+            first = asyncio.create_task(point.cancel(boxed.put("b")))
+            await asyncio.sleep(0)
+            second = asyncio.create_task(boxed.put("c"))
+            cancelled = await first
+            if not cancelled:
+                assert boxed.box.discard("b")
+            await second
+            assert not boxed.box.has_room
+            assert boxed.box.close() == ["c"]
+
+        run(main)
+
+
+async def test_a_worker_does_not_wait_for_room_in_its_own_mailbox() -> None:
+    async def put_two_more(item: Any) -> None:
+        if item == "first":
+            await boxed.put("second")
+            with pytest.raises(Overloaded, match="mailbox: full, it holds 1 already"):
+                await boxed.put("third")
+
+    boxed = Boxed(max_mailbox=1, max_concurrent=1, handler=put_two_more)
+    boxed.box.put("first")
+    boxed.box.open()
+    await boxed.box.quiet()
+    assert boxed.ended == ["first", "second"]
+    await boxed.end()
+
+
+async def test_close_fails_those_who_wait_and_returns_what_nobody_has_begun() -> None:
+    boxed = Boxed(max_mailbox=2)
+    boxed.box.put("a")
+    boxed.box.put("b")
+    waiting = asyncio.create_task(boxed.put("c"))
+    await asyncio.sleep(0)
+    assert boxed.box.close() == ["a", "b"]
+    with pytest.raises(Closed, match="mailbox is closed"):
+        await waiting
+    with pytest.raises(Closed):
+        await boxed.put("d")
+    assert not boxed.box.has_room
+    assert boxed.box.close() == []
+
+
+async def test_a_waiter_may_be_cancelled_and_closed_upon_at_once() -> None:
+    for close_first in (True, False):
+        boxed = Boxed(max_mailbox=1)
+        boxed.box.put("a")
+        waiting = asyncio.create_task(boxed.put("b"))
+        await asyncio.sleep(0)
+        if close_first:
+            boxed.box.close()
+        waiting.cancel()
+        boxed.box.close()
+        await asyncio.wait([waiting])
+        assert waiting.cancelled()
+
+
+async def test_what_has_begun_cannot_be_discarded() -> None:
+    boxed = Boxed(max_concurrent=1)
+    boxed.box.open()
+    boxed.box.put(1)
+    boxed.box.put(2)
+    await asyncio.sleep(0.5)
+    assert not boxed.box.discard(1)
+    assert boxed.box.discard(2)
+    assert not boxed.box.discard(3)
+    await boxed.box.quiet()
+    assert boxed.ended == [1]
+    await boxed.end()
+
+
+async def test_a_mailbox_is_quiet_when_the_last_item_is_discarded_or_closed_away() -> None:
+    boxed = Boxed()
+    boxed.box.put(1)
+    quiet = asyncio.create_task(boxed.box.quiet())
+    await asyncio.sleep(1)
+    assert not quiet.done()
+    boxed.box.discard(1)
+    await quiet
+    boxed.box.put(2)
+    quiet = asyncio.create_task(boxed.box.quiet())
+    await asyncio.sleep(1)
+    boxed.box.close()
+    await quiet
+
+
+async def test_when_a_worker_is_cancelled_from_inside_the_others_go_on_with_what_waits() -> None:
+    async def cancel_own_task(item: Any) -> None:
+        if item == "bad":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        await asyncio.sleep(0)
+
+    boxed = Boxed(max_concurrent=1, handler=cancel_own_task)
+    boxed.box.open()
+    for item in ("bad", "good", "bad", "good"):
+        boxed.box.put(item)
+    await boxed.box.quiet()
+    assert boxed.begun == ["bad", "good", "bad", "good"]
+    assert boxed.ended == ["good", "good"]
+    await boxed.end()
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.lists(
+        st.tuples(
+            st.sampled_from(["put", "wait", "cancel", "discard", "pause"]), st.integers(0, 3), st.integers(0, 10)
+        ),
+        max_size=40,
+    ),
+)
+def test_whatever_happens_each_item_is_handled_once_and_in_order(
+    max_mailbox: int, max_concurrent: int, program: list[tuple[str, int, int]]
+) -> None:
+    """Items are (number, seconds); the model is the list of what was accepted, in order of acceptance."""
+
+    async def main() -> None:
+        async def handler(item: tuple[int, int]) -> None:
+            await asyncio.sleep(item[1])
+
+        boxed = Boxed(max_mailbox=max_mailbox, max_concurrent=max_concurrent, handler=handler)
+        accepted: list[tuple[int, int]] = []
+        discarded: list[tuple[int, int]] = []
+        putting: list[asyncio.Task[None]] = []
+
+        async def put_waiting(item: tuple[int, int]) -> None:
+            await boxed.box.reserve()
+            boxed.box.put(item, reserved=True)
+            accepted.append(item)
+
+        for number, (verb, argument, at) in enumerate(program):
+            if number == len(program) // 3:
+                boxed.box.open()
+            item = (number, argument)
+            if verb == "put" and boxed.box.has_room:
+                boxed.box.put(item)
+                accepted.append(item)
+            elif verb == "wait":
+                putting.append(asyncio.create_task(put_waiting(item)))
+            elif verb == "cancel" and putting:
+                putting[at % len(putting)].cancel()
+            elif verb == "discard" and accepted:
+                chosen = accepted[at % len(accepted)]
+                if boxed.box.discard(chosen):
+                    discarded.append(chosen)
+                    assert chosen not in boxed.begun
+            elif verb == "pause":
+                await asyncio.sleep(argument / 2)
+            assert len(boxed.box) <= max_mailbox
+            assert boxed.box.running <= max_concurrent
+        boxed.box.open()
+        await asyncio.gather(*putting, return_exceptions=True)
+        await boxed.box.quiet()
+        kept = [item for item in accepted if item not in discarded]
+        assert boxed.begun == kept
+        assert sorted(boxed.ended) == sorted(kept)
+        assert boxed.box.has_room
+        await boxed.end()
+
+    run(main)
