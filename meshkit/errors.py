@@ -20,7 +20,7 @@ login: 'bob' has used all 5 admissions of the last 60 s; try again in 12.5 s
 
 import pickle
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
 __all__ = [
     "BadSeal",
@@ -68,12 +68,18 @@ class MeshkitError(Exception):
         return (type(self).__doc__ or type(self).__name__).partition("\n")[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (type(self), self.__dict__, _portable(self.__cause__), self.__suppress_context__)
+        state = {name: _packed(value) for name, value in self.__dict__.items()}
+        cause = None if self.__cause__ is self else self.__cause__  # as `raise error from error` leaves it
+        return _unpack, (type(self), state, _packed(cause), self.__suppress_context__)
+
+    def __copy__(self) -> Self:
+        return _restore(type(self), self.__dict__, self.__cause__, self.__suppress_context__)
 
 
-def _restore(
-    kind: type[MeshkitError], state: dict[str, Any], cause: BaseException | None, suppress: bool
-) -> MeshkitError:
+_Error = TypeVar("_Error", bound=MeshkitError)
+
+
+def _restore(kind: type[_Error], state: dict[str, Any], cause: BaseException | None, suppress: bool) -> _Error:
     error = kind.__new__(kind)
     error.__dict__.update(state)
     error.__cause__ = cause
@@ -81,17 +87,29 @@ def _restore(
     return error
 
 
-def _portable(cause: BaseException | None) -> BaseException | None:
-    """Return `cause` if it survives pickling, else a stand-in: an error must travel even if its cause cannot."""
+def _unpack(kind: type[_Error], state: dict[str, bytes], cause: bytes, suppress: bool) -> _Error:
+    load = pickle.loads  # of the parts of what is being unpickled anyway
+    return _restore(kind, {name: load(value) for name, value in state.items()}, load(cause), suppress)
+
+
+def _packed(value: object) -> bytes:
+    """Return `value` pickled, or else its text: an error must travel even if its cause, or a key in it, cannot.
+
+    As bytes: if it were only tried here, and left to be pickled later, each cause of a chain of errors would be pickled
+    twice as often as the error that it caused.
+    """
     try:
-        pickle.loads(pickle.dumps(cause))  # noqa: S301 - our own bytes, made on this line
+        packed = pickle.dumps(value)
+        pickle.loads(packed)  # noqa: S301 - our own bytes, made on the line above
     except Exception:  # noqa: BLE001 - anything may go wrong in somebody's __reduce__, and none of it matters here
-        return RuntimeError(f"{type(cause).__name__}: {cause}")
-    return cause
+        stand_in = RuntimeError(f"{type(value).__name__}: {value}") if isinstance(value, BaseException) else repr(value)
+        return pickle.dumps(stand_in)
+    return packed
 
 
 def _seconds(value: float) -> str:
-    return f"{value:.3g} s" if value < 1000 else f"{value} s"
+    """Return `value` for people: 3 digits, or the whole seconds; as it is where it is no finite float."""
+    return f"{value:.3g} s" if value < 999.5 else f"{value:.0f} s" if value < 1e15 else f"{value} s"
 
 
 # --- Refused: it did not start -----------------------------------------------------------------------------
