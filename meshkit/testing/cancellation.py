@@ -28,16 +28,16 @@ import anyio
 
 __all__ = ["CancellationPoint", "cancellation_points"]
 
-Moment = Literal["waiting", "woken", "scope"]
-_MOMENTS: tuple[Moment, ...] = ("waiting", "woken", "scope")
+_Moment = Literal["waiting", "woken", "scope"]
+_MOMENTS: tuple[_Moment, ...] = ("waiting", "woken", "scope")
 
 
 class CancellationPoint:
     """One place to cancel at: the await with this `index`, counted from 0, at this `moment`."""
 
-    def __init__(self, index: int, moment: Moment) -> None:
+    def __init__(self, index: int, moment: _Moment) -> None:
         self.index = index
-        self.moment: Moment = moment
+        self.moment: _Moment = moment
         self.used = False
         self.reached = False
         self.result: Any = None

@@ -26,9 +26,6 @@ __all__ = ["Deadlock", "Leak", "Livelock", "VirtualTimeLoop", "run"]
 
 _T = TypeVar("_T")
 
-MAX_PASSES = 1_000_000
-"""Passes of the loop without the clock moving before it counts as a livelock."""
-
 
 class Deadlock(RuntimeError):
     """Every task waits, no timer is set: in virtual time nothing will ever happen again."""
@@ -45,6 +42,8 @@ class Leak(AssertionError):
 class _Clock:
     """Stands where a selector stands in other loops: instead of waiting for I/O it moves the time forward."""
 
+    MAX_PASSES = 1_000_000  # of the loop without the clock moving, before it counts as a livelock
+
     def __init__(self, loop: "VirtualTimeLoop") -> None:
         self._loop = loop
         self._passes = 0
@@ -57,9 +56,9 @@ class _Clock:
             self._loop.jump_to_next_timer()
             return []
         self._passes += 1
-        if self._passes > MAX_PASSES:
+        if self._passes > self.MAX_PASSES:
             self._passes = 0
-            raise Livelock(f"{MAX_PASSES} passes at one instant; " + self._loop.where_tasks_wait())
+            raise Livelock(f"{self.MAX_PASSES} passes at one instant; " + self._loop.where_tasks_wait())
         return []
 
 
@@ -131,24 +130,31 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     if not TYPE_CHECKING:  # typeshed knows these by their full signatures, which do not matter to a refusal
 
         def run_in_executor(self, *_: Any, **__: Any) -> NoReturn:
+            """Refuse: threads take real time."""
             self._refuse("a thread")
 
         def add_reader(self, *_: Any, **__: Any) -> NoReturn:
+            """Refuse: sockets take real time."""
             self._refuse("a socket")
 
         def add_writer(self, *_: Any, **__: Any) -> NoReturn:
+            """Refuse: sockets take real time."""
             self._refuse("a socket")
 
         async def create_connection(self, *_: Any, **__: Any) -> NoReturn:
+            """Refuse: sockets take real time."""
             self._refuse("a connection")
 
         async def create_server(self, *_: Any, **__: Any) -> NoReturn:
+            """Refuse: sockets take real time."""
             self._refuse("a server")
 
         async def subprocess_exec(self, *_: Any, **__: Any) -> NoReturn:
+            """Refuse: processes take real time."""
             self._refuse("a process")
 
         async def subprocess_shell(self, *_: Any, **__: Any) -> NoReturn:
+            """Refuse: processes take real time."""
             self._refuse("a process")
 
 
