@@ -35,7 +35,8 @@ class Clock:
         loop = self._loop
         if loop is None or not loop.is_running():
             loop = self._loop = running_loop()
-            ordinary = loop is None or getattr(type(loop), "time", None) is asyncio.BaseEventLoop.time
+            # Asked of the loop and not of its class: some tools put a `time` of their own on the loop itself.
+            ordinary = loop is None or getattr(loop.time, "__func__", None) is asyncio.BaseEventLoop.time
             self._read = time.monotonic if ordinary or loop is None else loop.time
         return self._read()
 
