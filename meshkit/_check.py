@@ -1,13 +1,13 @@
 """Argument checks: what a constructor is given is checked once, and the error names the argument and the value."""
 
-import math
+import sys
 
 
 def duration(name: str, value: float, *, zero: bool = False) -> float:
     """Return `value` in seconds as a float; it must be finite and positive (or zero, where `zero` allows it)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
-    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+    if not 0 <= value <= sys.float_info.max or (value == 0 and not zero):  # so neither NaN nor an int beyond floats
         least = "zero or more" if zero else "more than zero"
         raise ValueError(f"{name} must be finite and {least} seconds, not {value!r}")
     return float(value)
