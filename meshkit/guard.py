@@ -16,12 +16,13 @@ import inspect
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, ParamSpec, Protocol, TypeVar
 
 from meshkit import _check
 from meshkit.errors import TooManyKeys
 
-__all__ = ["Guard", "PerKey", "Stack", "stack"]
+__all__ = ["Guard", "PerKey", "PerKeyStats", "Stack", "require_async", "stack"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,6 +41,11 @@ class Guard(ABC):
     def time_limit(self) -> float | None:
         """The longest that one call through this guard may take, in seconds; None if it sets no limit."""
         return None
+
+    @property
+    def idle(self) -> bool:
+        """Whether forgetting this guard now would lose nothing, as `PerKey` does to make room."""
+        return True
 
     @abstractmethod
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -61,15 +67,19 @@ class Guard(ABC):
         return repr(self)
 
 
-def require_async(fn: object, guard: Guard) -> None:
-    """Raise `TypeError` unless `fn` is an async function: what a guard can decorate."""
-    if inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(getattr(fn, "__call__", None)):  # noqa: B004 - asks whether calling it is async, not whether it can be called
+def require_async(fn: Any, guard: Guard) -> None:
+    """Raise `TypeError` unless `fn` is an async function, or an object that is called like one; for decorators."""
+    # An instance is called by the `__call__` of its class; a class is not, whatever it defines.
+    called = getattr(fn, "__call__", None) if not inspect.isroutine(fn) and not isinstance(fn, type) else fn  # noqa: B004 - asks whether calling it is async, not whether it can be called
+    if inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(called):
         return
-    name = getattr(fn, "__qualname__", repr(fn))
-    raise TypeError(
-        f"@{type(guard).__name__} guards async functions, and {name} is not one: make it `async def`, "
-        "or pass what returns an awaitable to .call()"
-    )
+    name: str = getattr(fn, "__qualname__", repr(fn))
+    why = "is not one: make it `async def`, or pass what returns an awaitable to .call()"
+    if inspect.isasyncgenfunction(called):
+        why = "is an async generator, which is not one call: guard the calls that it makes, or use `async with`"
+    elif isinstance(fn, classmethod | staticmethod):
+        why = f"is wrapped already: put @{type(fn).__name__} above @{type(guard).__name__}"  # pyright: ignore[reportUnknownArgumentType]  # of whatever
+    raise TypeError(f"@{type(guard).__name__} guards async functions, and {name} {why}")
 
 
 class Stack(Guard):
@@ -79,6 +89,8 @@ class Stack(Guard):
 
     def __init__(self, *guards: Guard) -> None:
         flat = [inner for guard in guards for inner in (guard.guards if isinstance(guard, Stack) else (guard,))]
+        for guard in flat:
+            _check_is_guard(guard)
         self.guards: tuple[Guard, ...] = tuple(flat)
         _check_order(self.guards)
 
@@ -89,6 +101,11 @@ class Stack(Guard):
     def time_limit(self) -> float | None:
         """The least of the limits inside."""
         return min((guard.time_limit for guard in self.guards if guard.time_limit is not None), default=None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether all guards inside are idle."""
+        return all(guard.idle for guard in self.guards)
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `fn` through every guard, the outermost first."""
@@ -147,15 +164,28 @@ def _check_order(guards: tuple[Guard, ...]) -> None:
                 )
 
 
+def _check_is_guard(guard: Any) -> None:
+    if not isinstance(guard, Guard):
+        hint = "; take the guard of a key: breakers[peer]" if isinstance(guard, PerKey) else ""
+        raise TypeError(f"stack() takes guards, not {guard!r}{hint}")
+
+
 def _exceeds(inner: float | None, outer: float | None) -> bool:
     return inner is not None and outer is not None and inner > outer
 
 
+@dataclass(frozen=True, slots=True)
+class PerKeyStats:
+    """How many `keys` there are, and how many were forgotten (`evicted`) or `refused` in all."""
+
+    keys: int
+    evicted: int
+    refused: int
+
+
 class _Evictable(Protocol):
     @property
-    def idle(self) -> bool:
-        """Whether forgetting it now would lose nothing: no call under way, nothing remembered."""
-        ...
+    def idle(self) -> bool: ...
 
 
 K = TypeVar("K", bound=Hashable)
@@ -167,7 +197,8 @@ class PerKey(Generic[K, G]):
 
     At `max_keys` an idle one, among those not used for longest, makes room for a new key. One that is not idle is
     never forgotten: a spray of new keys cannot close an open breaker. Where no idle one is found, a new key is
-    refused with `TooManyKeys`.
+    refused with `TooManyKeys`. Ask for the guard of a key whenever you use it, rather than keeping it: once it has
+    been forgotten, the key gets another.
 
     Cost: amortised O(1); making room looks at no more than 64 guards, and goes on from there the next time (the
     CLOCK algorithm, Corbató 1968). Not for use from several threads.
@@ -179,31 +210,46 @@ class PerKey(Generic[K, G]):
         self._make = make
         self._max_keys = _check.count("max_keys", max_keys)
         self._name = name
-        self._guards: OrderedDict[K, G] = OrderedDict()
+        self._guards: OrderedDict[K, G] = OrderedDict()  # those used last at the end
+        self._evicted = self._refused = 0
 
     def __getitem__(self, key: K) -> G:
-        """Return the guard of `key`, made now if it is the first time.
+        """Return the guard of `key`, made now if it has none.
 
         Raises:
             TooManyKeys: `key` is new, and there is no idle guard to forget.
         """
         guard = self._guards.get(key)
         if guard is None:
-            guard = self._make(key)
             if len(self._guards) >= self._max_keys:
                 self._make_room(key)
-            self._guards[key] = guard
+            guard = self._guards[key] = self._make(key)
         else:
             self._guards.move_to_end(key)
         return guard
 
+    def get(self, key: K) -> G | None:
+        """Return the guard of `key`, None if it has none. Changes nothing: neither makes one nor counts as a use."""
+        return self._guards.get(key)
+
+    def items(self) -> list[tuple[K, G]]:
+        """Return all keys with their guards, those used last at the end. Changes nothing."""
+        return list(self._guards.items())
+
+    def stats(self) -> PerKeyStats:
+        """Return how many keys there are, and what became of others."""
+        return PerKeyStats(len(self._guards), self._evicted, self._refused)
+
     def _make_room(self, key: K) -> None:
-        for _ in range(min(self.MAX_LOOKS, len(self._guards))):
-            oldest = next(iter(self._guards))
-            if self._guards[oldest].idle:
-                del self._guards[oldest]
+        guards = self._guards
+        for _ in range(min(self.MAX_LOOKS, len(guards))):
+            oldest = next(iter(guards))
+            if guards[oldest].idle:
+                del guards[oldest]
+                self._evicted += 1
                 return
-            self._guards.move_to_end(oldest)
+            guards.move_to_end(oldest)
+        self._refused += 1
         raise TooManyKeys(name=self._name, key=key, max_keys=self._max_keys)
 
     def __contains__(self, key: object) -> bool:

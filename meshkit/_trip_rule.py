@@ -1,0 +1,62 @@
+"""Which exceptions count as failures of what a circuit breaker guards: what `trips_on` says.
+
+>>> from meshkit.errors import RateLimited, Unreachable
+>>> counts = trip_rule(Exception)
+>>> counts(ConnectionError()), counts(Unreachable(node="bob"))
+(True, False)
+>>> trip_rule((OSError, Unreachable))(Unreachable(node="bob"))
+True
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
+
+from meshkit.errors import Refused
+from meshkit.events import report
+
+__all__ = ["TripsOn", "trip_rule"]
+
+TripsOn: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
+"""What counts as a failure: a class, several, or a predicate."""
+
+
+def trip_rule(trips_on: TripsOn) -> Callable[[Exception], bool]:
+    """Return a function that tells of an exception whether it counts; `CircuitBreaker` documents the rules."""
+    classes, predicate = _checked(trips_on)
+    named = tuple(c for c in classes if issubclass(c, Refused))
+
+    def counts(error: Exception) -> bool:
+        if isinstance(error, ExceptionGroup):
+            members: tuple[Exception, ...] = cast("Any", error).exceptions
+            return any(map(counts, members))
+        if isinstance(error, Refused):
+            return isinstance(error, named)
+        if predicate is None:
+            return isinstance(error, classes)
+        try:
+            return bool(predicate(error))
+        except Exception as failure:  # noqa: BLE001 - it must not mask the error that it was asked about
+            report(failure, f"the predicate `trips_on` failed on {type(error).__name__}, which counts", predicate)
+            return True
+
+    return counts
+
+
+def _checked(trips_on: Any) -> tuple[tuple[type[Exception], ...], Callable[[Exception], bool] | None]:
+    """Return `trips_on` as classes and a predicate, one of which is missing."""
+    if not isinstance(trips_on, type | tuple):
+        if not callable(trips_on) or inspect.iscoroutinefunction(trips_on):
+            raise TypeError(
+                f"trips_on must be an exception class, a tuple of them, or a plain function, not {trips_on!r}"
+            )
+        return (), cast("Callable[[Exception], bool]", trips_on)
+    classes: tuple[Any, ...] = trips_on if isinstance(trips_on, tuple) else (trips_on,)  # pyright: ignore[reportUnknownVariableType]  # judged below
+    if not classes:
+        raise ValueError("trips_on must name at least one exception class: with none, the circuit would never open")
+    for c in classes:
+        if not (isinstance(c, type) and issubclass(c, Exception)):
+            raise TypeError(f"trips_on must name classes of Exception (cancellations never count), not {c!r}")
+        if issubclass(c, ExceptionGroup):
+            raise TypeError("trips_on is asked about each error in a group: name those, not ExceptionGroup")
+    return classes, None

@@ -1,0 +1,344 @@
+"""CircuitBreaker with `async with` and by hand; its events, when it is idle, its settings."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from meshkit.circuit_breaker import CircuitBreaker, CircuitChanged, FailureRate, State
+from meshkit.errors import CircuitOpen, Refused
+from meshkit.events import Event
+from meshkit.testing import run
+from tests.test_circuit_breaker import boom, fail, ok, seen, tripped
+
+# --- `async with` ------------------------------------------------------------------------------------------
+
+
+async def test_blocks_of_many_tasks_count_as_calls() -> None:
+    breaker = CircuitBreaker(failure_threshold=2)
+
+    async def block(seconds: float, error: Exception | None = None) -> None:
+        async with breaker:
+            await asyncio.sleep(seconds)
+            if error:
+                raise error
+
+    await asyncio.gather(block(1, KeyError()), block(2, ValueError()), block(3), return_exceptions=True)
+    assert seen(breaker) is State.OPEN
+    with pytest.raises(CircuitOpen):
+        await block(1)
+
+
+async def test_blocks_after_a_change_of_state_are_told_from_those_before_it() -> None:
+    breaker = CircuitBreaker(failure_threshold=1, reset_timeout=10.0)
+
+    async def block(seconds: float, error: Exception | None = None) -> str:
+        async with breaker:
+            await asyncio.sleep(seconds)
+            if error:
+                raise error
+        return "done"
+
+    old = [asyncio.create_task(block(100 + n, ConnectionError())) for n in range(3)]  # still open far later
+    await asyncio.sleep(0)
+    await fail(breaker)
+    await asyncio.sleep(10)
+    probe = asyncio.create_task(block(5))
+    await asyncio.sleep(1)
+    with pytest.raises(CircuitOpen):
+        await block(1)
+    assert await probe == "done"
+    assert seen(breaker) is State.CLOSED
+    new = [asyncio.create_task(block(100)) for _ in range(3)]
+    await asyncio.gather(*old, return_exceptions=True)
+    assert seen(breaker) is State.CLOSED, "the failures were of blocks from before the break"
+    assert breaker.stats().in_flight == 3
+    assert await asyncio.gather(*new) == ["done"] * 3
+    assert breaker.idle
+    with pytest.raises(ConnectionError):
+        await block(0, ConnectionError())
+    assert seen(breaker) is State.OPEN
+
+
+async def test_a_probe_that_is_left_over_when_the_circuit_closes_is_told_from_new_blocks() -> None:
+    breaker = tripped(reset_timeout=10.0, half_open_max=2)
+    await asyncio.sleep(10)
+
+    async def block(seconds: float, error: Exception | None = None) -> None:
+        async with breaker:
+            await asyncio.sleep(seconds)
+            if error:
+                raise error
+
+    left_over = asyncio.create_task(block(15, ConnectionError()))
+    await asyncio.sleep(10)  # its place is taken by now
+    await block(0)
+    await block(0)
+    assert seen(breaker) is State.CLOSED
+    new = [asyncio.create_task(block(seconds)) for seconds in (1, 10)]
+    await asyncio.sleep(0)
+    assert breaker.stats().in_flight == 2
+    await asyncio.gather(left_over, *new, return_exceptions=True)
+    assert seen(breaker) is State.CLOSED
+    assert breaker.idle
+
+
+async def test_blocks_nest_in_one_task() -> None:
+    breaker = CircuitBreaker(failure_threshold=1, reset_timeout=10.0)
+    async with breaker:
+        await fail(breaker)
+        await asyncio.sleep(10)
+        async with breaker:  # the probe
+            pass
+        assert seen(breaker) is State.CLOSED
+        async with breaker:
+            assert breaker.stats().in_flight == 1, "the outer one is a straggler"
+            async with breaker:
+                assert breaker.stats().in_flight == 2
+    assert breaker.idle
+
+
+async def test_a_block_may_be_left_by_another_task_as_an_async_generator_is() -> None:
+    breaker = CircuitBreaker(FailureRate(slow_call=60.0))  # its blocks are told apart by their tasks
+
+    async def generate() -> AsyncIterator[int]:
+        async with breaker:
+            yield 1
+
+    generator = generate()
+    assert await anext(generator) == 1
+    assert breaker.stats().in_flight == 1
+    await asyncio.create_task(generator.aclose())  # type: ignore[attr-defined]
+    assert breaker.stats().in_flight == 0
+
+
+# --- by hand -----------------------------------------------------------------------------------------------
+
+
+async def test_by_hand_it_goes_through_all_states() -> None:
+    breaker = CircuitBreaker(failure_threshold=2, reset_timeout=10.0)
+    for _ in range(2):
+        assert breaker.allow_request()
+        breaker.record_failure()
+    assert seen(breaker) is State.OPEN
+    assert not breaker.allow_request()
+    await asyncio.sleep(10)
+    assert breaker.allow_request()
+    assert not breaker.allow_request(), "the one place is taken"
+    breaker.record_ignored()
+    assert breaker.allow_request(), "and given back"
+    breaker.record_success()
+    assert seen(breaker) is State.CLOSED
+    assert breaker.stats().refused == 2
+
+
+async def test_a_report_ends_the_oldest_call_by_hand() -> None:
+    breaker = CircuitBreaker(failure_threshold=1, reset_timeout=10.0)
+    assert breaker.allow_request()
+    assert breaker.allow_request()
+    breaker.record_failure()
+    await asyncio.sleep(10)
+    assert breaker.allow_request()
+    breaker.record_success()  # of the second call, which is a straggler
+    assert seen(breaker) is State.HALF_OPEN
+    breaker.record_success()
+    assert seen(breaker) is State.CLOSED
+
+
+async def test_a_report_without_a_call_counts_only_while_closed() -> None:
+    breaker = CircuitBreaker(failure_threshold=2, reset_timeout=10.0)
+    breaker.record_failure()
+    breaker.record_success()
+    breaker.record_failure()
+    breaker.record_ignored()
+    assert breaker.stats().failures == 1
+    breaker.record_failure()
+    assert seen(breaker) is State.OPEN
+    breaker.record_success()
+    assert seen(breaker) is State.OPEN
+    await asyncio.sleep(10)
+    probe = asyncio.create_task(breaker.call(asyncio.sleep, 1))
+    await asyncio.sleep(0.5)
+    breaker.record_failure()
+    breaker.record_success()
+    assert seen(breaker) is State.HALF_OPEN
+    await probe
+
+
+async def test_calls_by_hand_that_are_never_reported_are_bounded() -> None:
+    breaker = CircuitBreaker()
+    for _ in range(10_050):
+        assert breaker.allow_request()
+    assert breaker.stats().in_flight == 10_000
+
+
+async def test_isolate_refuses_everything_until_reset() -> None:
+    events: list[Event] = []
+    breaker = CircuitBreaker(name="bob", observer=events.append)
+    under_way = asyncio.create_task(breaker.call(asyncio.sleep, 5, "done"))
+    await asyncio.sleep(0)
+    breaker.isolate()
+    breaker.isolate()
+    await asyncio.sleep(1_000)
+    assert await under_way == "done"
+    with pytest.raises(CircuitOpen, match=r"^bob: the circuit is isolated, the call was not made$") as caught:
+        await breaker.call(ok)
+    assert caught.value.retry_after is None
+    assert not breaker.allow_request()
+    assert (seen(breaker), breaker.idle, breaker.stats().retry_after) == (State.OPEN, False, None)
+    breaker.reset()
+    assert await breaker.call(ok) == 1
+    assert breaker.idle
+    assert events == [
+        CircuitChanged("bob", State.CLOSED, State.OPEN, None),
+        CircuitChanged("bob", State.OPEN, State.CLOSED, 0.0),
+    ]
+
+
+# --- events, idleness, two loops ---------------------------------------------------------------------------
+
+
+async def test_every_transition_is_told_once_and_after_it_happened() -> None:
+    told: list[tuple[CircuitChanged, State]] = []
+
+    def observe(event: Event) -> None:
+        assert isinstance(event, CircuitChanged)
+        told.append((event, seen(breaker)))
+        assert breaker.stats().in_flight == (1 if event.after is State.HALF_OPEN else 0)
+
+    breaker = CircuitBreaker(failure_threshold=2, reset_timeout=10.0, name="bob", observer=observe)
+    await fail(breaker, 2)
+    await asyncio.sleep(10)
+    await fail(breaker)
+    await asyncio.sleep(10)
+    await breaker.call(ok)
+    closed, opened, half_open = State.CLOSED, State.OPEN, State.HALF_OPEN
+    assert [(event.before, event.after, event.retry_after) for event, _ in told] == [
+        (closed, opened, 10.0),
+        (opened, half_open, 10.0),
+        (half_open, opened, 10.0),
+        (opened, half_open, 10.0),
+        (half_open, closed, 0.0),
+    ]
+    assert all(event.after is state for event, state in told)
+    assert breaker.stats().opened == 2
+
+
+async def test_an_observer_that_raises_disturbs_nothing_and_is_reported() -> None:
+    reported: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+
+    def observe(_: Event) -> None:
+        raise RuntimeError("observer")
+
+    breaker = CircuitBreaker(failure_threshold=1, observer=observe)
+    await fail(breaker)
+    assert seen(breaker) is State.OPEN
+    assert [str(context["exception"]) for context in reported] == ["observer"]
+
+
+async def test_an_observer_may_reset_the_breaker() -> None:
+    breaker = CircuitBreaker(failure_threshold=1, observer=lambda _: breaker.reset())
+    await fail(breaker, 3)
+    assert seen(breaker) is State.CLOSED
+    async with breaker:
+        await fail(breaker)
+    assert breaker.idle
+
+
+def idle(breaker: CircuitBreaker) -> bool:
+    return breaker.idle
+
+
+async def test_idle_means_closed_nothing_remembered_and_nothing_in_flight() -> None:
+    breaker = CircuitBreaker(failure_threshold=2, reset_timeout=10.0, max_reset_timeout=20.0)
+    assert idle(breaker)
+    await breaker.call(ok)
+    assert idle(breaker)
+    await fail(breaker)
+    assert not idle(breaker)
+    await breaker.call(ok)
+    assert idle(breaker)
+    await fail(breaker, 2)
+    assert not idle(breaker)
+    await asyncio.sleep(10)
+    assert not idle(breaker), "what comes next is one probe, which a new breaker would not know"
+    await breaker.call(ok)
+    assert idle(breaker)
+
+
+async def test_a_breaker_that_nobody_calls_for_ten_breaks_becomes_idle() -> None:
+    opened = tripped(reset_timeout=10.0, max_reset_timeout=20.0)
+    failed = CircuitBreaker(failure_threshold=5, reset_timeout=10.0, max_reset_timeout=20.0)
+    failed.record_failure()
+    last_calls = CircuitBreaker(FailureRate(calls=20), reset_timeout=20.0)
+    last_calls.record_failure()
+    isolated = CircuitBreaker(reset_timeout=10.0)
+    isolated.isolate()
+    await asyncio.sleep(199)
+    assert not idle(failed)
+    assert not idle(last_calls)
+    await asyncio.sleep(1)
+    assert idle(failed)
+    assert idle(last_calls)
+    assert not idle(opened)
+    await asyncio.sleep(10)
+    assert idle(opened)
+    assert not idle(isolated)
+
+
+def test_it_is_made_without_a_loop_and_works_in_two_loops_one_after_the_other() -> None:
+    breaker = CircuitBreaker(failure_threshold=1, reset_timeout=30.0)
+    guarded = breaker(boom)
+
+    async def late() -> None:
+        await asyncio.sleep(5_000)
+        with pytest.raises(ConnectionError):
+            await guarded()
+        with pytest.raises(CircuitOpen):
+            await guarded()
+
+    async def early() -> None:  # its clock starts at 0 again, long before the break began
+        assert seen(breaker) is State.HALF_OPEN
+        assert await breaker.call(ok) == 1
+        with pytest.raises(ConnectionError):
+            await guarded()
+        assert breaker.stats().retry_after == 30.0
+
+    run(late)
+    run(early)
+    assert isinstance(seen(breaker), State), "without a loop, too"
+
+
+def test_repr_shows_settings_and_state() -> None:
+    assert repr(CircuitBreaker(3, name="bob")) == (
+        "CircuitBreaker(failure_threshold=3, reset_timeout=30.0, name='bob', state=closed)"
+    )
+    assert "FailureRate(threshold=0.5, window=30.0" in repr(CircuitBreaker(FailureRate()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"failure_threshold": 0}, "failure_threshold must be at least 1, not 0"),
+        ({"reset_timeout": 0}, "reset_timeout must be finite and more than zero seconds, not 0"),
+        ({"reset_timeout": float("nan")}, "reset_timeout must be finite and more than zero seconds, not nan"),
+        ({"max_reset_timeout": 0}, "max_reset_timeout must be finite and more than zero seconds, not 0"),
+        ({"max_reset_timeout": 29}, "max_reset_timeout=29 is less than reset_timeout=30.0"),
+        ({"half_open_max": 0}, "half_open_max must be at least 1, not 0"),
+        ({"trips_on": ()}, "trips_on must name at least one exception class"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        CircuitBreaker(**settings)
+
+
+def test_a_threshold_of_another_type_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"^failure_threshold must be a whole number, not 0\.5"):
+        CircuitBreaker(failure_threshold=0.5)  # type: ignore[arg-type]
+
+
+def test_circuit_open_is_a_refusal() -> None:
+    assert issubclass(CircuitOpen, Refused)
