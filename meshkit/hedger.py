@@ -57,8 +57,8 @@ class Hedger(Guard):
     As long as a copy runs and none has succeeded, another is started every `delay` seconds, up to `max_hedges` of them,
     or until the `budget` is spent (a `RetryBudget`, best the one that the retries to the same service share). The first
     success is the result. The other copies are then cancelled, as by an anyio cancel scope, and waited for, so
-    nothing runs on behind your back; what they still return or raise is dropped. A copy that ignores its cancellation
-    holds up the call.
+    nothing runs on behind your back; what they still return or raise is dropped, but for what stops programs, such as
+    `SystemExit`. A copy that ignores its cancellation holds up the call.
 
     A hedge is for slowness, not for failure: a copy that fails starts no other (that is what a Retrier does). When all
     that were started have failed, the error that came first is raised, with a note on the others. A cancellation
@@ -132,30 +132,32 @@ class _Race(Generic[T]):
         self._deadline = anyio.current_effective_deadline()  # a task of its own would not see it
         self._scopes: list[anyio.CancelScope] = []  # of the hedges that have begun
         self._running = 1
-        self._errors: list[BaseException] = []
+        self._errors: list[Exception] = []
+        self._stopping: BaseException | None = None  # KeyboardInterrupt, SystemExit or the like, from a hedge
 
     def start_hedge(self) -> None:
-        """Start another copy, if the budget allows it; called by the timer."""
-        hedger = self._hedger
-        if self.over or (hedger.budget is not None and not hedger.budget.try_spend(now())):
-            return
+        """Start another copy in a task of its own; called by the timer."""
         number = len(self.tasks) + 1
         self._running += 1
-        self.tasks.append(self.loop.create_task(self._hedge(number), name=f"{hedger.name}: hedge {number}"))
-        if number < hedger.max_hedges:
-            self.timer = self.loop.call_later(hedger.delay, self.start_hedge)
-        notify(hedger.observer, HedgeStarted(hedger.name, number))
+        self.tasks.append(self.loop.create_task(self._hedge(number), name=f"{self._hedger.name}: hedge {number}"))
 
     async def _hedge(self, number: int) -> None:
+        hedger = self._hedger
         try:
-            if not self.over:
-                with anyio.CancelScope(deadline=self._deadline) as scope:
-                    self._scopes.append(scope)
-                    self.succeeded(await self._copy(), number)
+            if self.over or (hedger.budget is not None and not hedger.budget.try_spend(now())):
+                return
+            if number < hedger.max_hedges:
+                self.timer = self.loop.call_later(hedger.delay, self.start_hedge)
+            notify(hedger.observer, HedgeStarted(hedger.name, number))
+            with anyio.CancelScope(deadline=self._deadline) as scope:
+                self._scopes.append(scope)
+                self.succeeded(await self._copy(), number)
         except asyncio.CancelledError:
             raise  # from within the copy, or from who stops the loop: no result, and no failure
-        except BaseException as error:  # noqa: BLE001 - raised in the task of the caller
+        except Exception as error:  # noqa: BLE001 - raised in the task of the caller
             self.failed(error)
+        except BaseException as error:  # noqa: BLE001 - likewise, also if the race is over
+            self.over, self._stopping = True, error
         finally:
             self.left()
             if self.over:
@@ -169,18 +171,17 @@ class _Race(Generic[T]):
             if hedge:
                 notify(self._hedger.observer, HedgeWon(self._hedger.name, hedge))
 
-    def failed(self, error: BaseException) -> None:
-        """A copy failed: others may still succeed, unless the error is one that stops programs."""
+    def failed(self, error: Exception) -> None:
+        """A copy failed: others may still succeed."""
         if not self.over:
-            self.over = not isinstance(error, Exception)
-            self._errors.insert(0 if self.over else len(self._errors), error)
+            self._errors.append(error)
 
     def left(self) -> None:
         """A copy has ended, in whatever way."""
         self._running -= 1
         self.over = self.over or not self._running
 
-    def first_error(self) -> BaseException:
+    def first_error(self) -> Exception:
         """Return the error to raise, and let go of all."""
         error, *others = self._errors
         self._errors = []
@@ -201,5 +202,7 @@ class _Race(Generic[T]):
                     await asyncio.wait(self.tasks)
                 except asyncio.CancelledError as error:
                     interruption = error
+        if self._stopping is not None:
+            raise self._stopping
         if interruption is not None:
             raise interruption

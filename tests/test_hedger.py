@@ -3,8 +3,9 @@ import contextlib
 import contextvars
 import gc
 import math
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
@@ -76,14 +77,33 @@ async def test_a_result_in_the_very_moment_of_the_delay_keeps_the_hedge_from_run
     reply: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     asyncio.get_running_loop().call_later(1.0, reply.set_result, "first")
     begun = 0
+    budget = RetryBudget()
+    seen: list[Event] = []
 
     async def fn() -> str:
         nonlocal begun
         begun += 1
         return await reply
 
-    assert await Hedger(delay=1.0).call(fn) == "first"
+    assert await Hedger(delay=1.0, budget=budget, observer=seen.append).call(fn) == "first"
+    assert clock() == 1.0
     assert begun == 1
+    assert seen == [], "it has not been started"
+    assert budget.stats() == RetryBudgetStats(calls=1, granted=0, denied=0), "nor paid for"
+
+
+async def test_a_failure_in_the_very_moment_of_the_delay_is_hedged_only_if_the_budget_grants_it() -> None:
+    for min_per_second in (0, 1):
+        reply: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(1.0, reply.set_exception, OSError("first"))
+        replies = iter([reply, asyncio.sleep(1.0, "second")])
+        hedged = Hedger(delay=1.0, budget=RetryBudget(min_per_second=min_per_second)).call(lambda: next(replies))  # noqa: B023
+        if min_per_second:
+            assert await hedged == "second"
+        else:
+            with pytest.raises(OSError, match="first"):
+                await hedged
+            next(replies).close()  # type: ignore[attr-defined]
 
 
 async def test_none_is_a_result() -> None:
@@ -226,6 +246,50 @@ async def test_what_stops_programs_passes_untouched(stopping: BaseException, by_
         await Hedger(delay=1.0, max_hedges=2).call(fn)
     assert caught.value is stopping
     assert fn.ended.count("cancelled") == len(fn.begun) - 1 - by_the_hedge
+
+
+async def test_what_stops_programs_passes_also_if_the_race_is_over_or_the_caller_is_cancelled() -> None:
+    stopping = SystemExit()
+
+    async def fn(first: list[bool]) -> str:
+        if first.pop():
+            await asyncio.sleep(1.5)
+            return "first"
+        try:
+            await asyncio.sleep(60)
+        finally:
+            raise stopping
+
+    for cancel in (False, True):
+        call = asyncio.create_task(_caught(Hedger(delay=1.0).call(fn, [False, True])))
+        if cancel:
+            asyncio.get_running_loop().call_later(1.25, call.cancel)
+        assert await call is stopping
+
+
+async def _caught(call: Awaitable[object]) -> BaseException:  # a task that raises SystemExit would end the loop
+    with pytest.raises(SystemExit) as caught:
+        await call
+    return caught.value
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="has no eager tasks")
+async def test_tasks_that_start_eagerly_change_nothing() -> None:
+    seen: list[Event] = []
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory"))  # noqa: B009 - Python 3.11 has none
+    hedger = Hedger(delay=1.0, max_hedges=2, name="read", observer=seen.append)
+    seconds = iter([60.0, 0.0])
+
+    async def fn() -> float:
+        if result := next(seconds):
+            await asyncio.sleep(result)
+        return result
+
+    assert await hedger.call(fn) == 0.0
+    assert seen == [HedgeStarted("read", 1), HedgeWon("read", 1)]
+    assert isinstance(loop, VirtualTimeLoop)
+    assert loop.live_timers() == []
 
 
 async def test_a_copy_that_is_cancelled_from_within_counts_as_no_failure() -> None:
