@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from meshkit import _check
 from meshkit._event_batch import EventBatch, Group, Key
-from meshkit._time import now, running_loop, wall
+from meshkit._time import Clock, running_loop, wall
 
 if TYPE_CHECKING:
     import asyncio
@@ -60,6 +60,7 @@ class TimedBatch:
         self.closed = False
         self._write = write
         self._tell = tell
+        self._clock = Clock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
 
@@ -68,7 +69,7 @@ class TimedBatch:
         loop = running_loop()
         if loop is None or (loop is not self._loop and not self._take_up(loop)):
             return False
-        at = now()
+        at = self._clock.now()
         opened = self.groups.add(key, actor, message, count, fields, at)
         if opened is not None:
             opened.epoch = wall() - at
@@ -102,12 +103,14 @@ class TimedBatch:
     def _wake_up(self) -> None:
         """Set the timer, unless it is set: a group that is opened later cannot be due earlier."""
         when = self.groups.next_due
-        if self._timer is None and self._loop is not None and when is not None:
-            self._timer = self._loop.call_at(when, self._on_timer, when)
+        loop = self._loop
+        if self._timer is None and when is not None and loop is not None and not loop.is_closed():
+            self._timer = loop.call_at(when, self._on_timer, when)
 
     def _on_timer(self, when: float) -> None:
         self._timer = None
-        self._write_due(max(now(), when), self.MAX_GROUPS_AT_ONCE)  # the timers of some loops are a little early
+        at = max(self._clock.now(), when)  # the timers of some loops are a little early
+        self._write_due(at, self.MAX_GROUPS_AT_ONCE)
 
     def _write_due(self, at: float, limit: int) -> None:
         context = contextvars.Context()

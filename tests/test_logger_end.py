@@ -184,8 +184,8 @@ def test_a_logger_that_nobody_holds_any_more_is_not_kept_and_writes_what_is_left
     gc.collect()
 
 
-@pytest.mark.parametrize("at_the_end", [True, False])
-def test_where_writing_is_interrupted_the_other_groups_are_not_lost(at_the_end: bool, output: Output) -> None:
+@pytest.mark.parametrize("by", ["timer", "close", "flush of a loop that has ended"])
+def test_where_writing_is_interrupted_the_other_groups_are_not_lost(by: str, output: Output) -> None:
     def interrupt(entries: Sequence[LogEntry]) -> str:
         raise KeyboardInterrupt
 
@@ -196,12 +196,15 @@ def test_where_writing_is_interrupted_the_other_groups_are_not_lost(at_the_end: 
         logger.service("stash").event("store", "alice")
         logger.service("stash").event("request", "bob")
         logger.service("stash").event("request", "carol")
-        if not at_the_end:
+        if by == "timer":
             await asyncio.sleep(60)
-        logger.close()
+        elif by == "close":
+            logger.close()
 
     with pytest.raises(KeyboardInterrupt):
         loop.run_until_complete(main())
+        loop.close()
+        logger.flush()
     logger.close()
     loop.close()
     assert output.lines == ["[stash] bob and carol requested stash"]
