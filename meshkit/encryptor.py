@@ -34,7 +34,7 @@ __all__ = ["Encryptor", "Sealed"]
 
 _KEY, _NONCE, _TAG = 32, 24, 16  # bytes: of a key, of a nonce, and by which a ciphertext is longer than its plaintext
 _LEAST_SECRET = 16  # bytes
-_LARGE = 256 * 1024  # bytes; sealing them takes 0.2 ms, and to have a thread do it costs 0.1 ms
+_LARGE = 256 * 1024  # bytes; sealing them takes about as long as having a thread do it costs, 0.2 ms
 
 
 class Sealed(NamedTuple):
@@ -81,7 +81,7 @@ def _hkdf(secret: bytes, info: bytes, salt: bytes = b"") -> bytes:
 
 # --- one message --------------------------------------------------------------------------------------------
 # PyNaCl clears its buffer first and copies it at the end, both under the GIL: a thread that seals 64 MiB stops the loop
-# for 90 ms. So libsodium writes large messages into the result itself, without the GIL, and twice as fast. What PyNaCl
+# for 90 ms. So libsodium writes large messages into the result itself, without the GIL and in half the time. What PyNaCl
 # calls it with is not public: should that go away, PyNaCl's public functions serve all sizes.
 _libsodium: Any = getattr(crypto_aead, "lib", None)
 _ffi: Any = getattr(crypto_aead, "ffi", None)
@@ -175,7 +175,7 @@ class Encryptor:
     but what was sealed with it opens only with the same again: say there what the bytes are for, so that nobody can put
     them elsewhere. Whatever cannot be opened, for whatever reason, raises the same `BadSeal`.
 
-    Cost: 3 µs for 256 bytes, 0.8 ms for 1 MiB; each older key adds one failed attempt to what it opens.
+    Cost: a few µs for 256 bytes, about a millisecond for 1 MiB; opening tries one key after the other.
 
     Raises:
         TypeError: A key is not `bytes`.
