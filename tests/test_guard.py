@@ -1,0 +1,505 @@
+"""The one shape of all guards: what may be decorated, how they stack, and one per key."""
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, ParamSpec, TypeVar
+
+import pytest
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from meshkit.bulkhead import Bulkhead
+from meshkit.circuit_breaker import CircuitBreaker, FailureRate, State
+from meshkit.errors import BulkheadFull, CallTimeout, CircuitOpen, RateLimited, TooManyKeys
+from meshkit.guard import Guard, PerKey, Stack, stack
+from meshkit.hedger import Hedger
+from meshkit.retrier import Retrier, RetryPolicy
+from meshkit.timeout import Timeout
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Tag(Guard):
+    """Writes down who passes it."""
+
+    def __init__(self, name: str, log: list[str] | None = None) -> None:
+        self.name = name
+        self.log = [] if log is None else log
+
+    def __repr__(self) -> str:
+        return f"Tag({self.name})"
+
+    async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        self.log.append(f"into {self.name}")
+        try:
+            return await fn(*args, **kwargs)
+        finally:
+            self.log.append(f"out of {self.name}")
+
+
+def retrier(**settings: Any) -> Retrier:
+    return Retrier(RetryPolicy(base_delay=1.0, jitter=False, **settings), on=ConnectionError)
+
+
+async def greet(name: str, /, *, loud: bool = False) -> str:
+    """Greet somebody."""
+    return f"HELLO {name}" if loud else f"hello {name}"
+
+
+GUARDS: list[Callable[[], Guard]] = [
+    lambda: Tag("x"),
+    CircuitBreaker,
+    lambda: CircuitBreaker(FailureRate(slow_call=1.0)),
+    lambda: Bulkhead(1),
+    lambda: stack(Tag("a"), CircuitBreaker(), Bulkhead(1)),
+    retrier,
+    lambda: Timeout(1.0),
+    lambda: Hedger(delay=1.0),
+]
+
+
+# --- what may be decorated ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", GUARDS)
+async def test_a_decorated_function_keeps_its_name_its_signature_and_its_documentation(
+    make: Callable[[], Guard],
+) -> None:
+    guarded = make()(greet)
+    assert (guarded.__name__, guarded.__doc__) == ("greet", "Greet somebody.")
+    assert inspect.signature(guarded) == inspect.signature(greet)
+    assert inspect.iscoroutinefunction(guarded)
+    assert await guarded("bob", loud=True) == "HELLO bob"
+
+
+@pytest.mark.parametrize("make", GUARDS)
+async def test_methods_of_every_kind_may_be_decorated(make: Callable[[], Guard]) -> None:
+    guard = make()
+
+    class Greeter:
+        greeting = "hello"
+
+        @guard
+        async def greet(self, name: str) -> str:
+            return f"{self.greeting} {name}"
+
+        @classmethod
+        @guard
+        async def of_class(cls, name: str) -> str:
+            return f"{cls.greeting} {name}"
+
+        @staticmethod
+        @guard
+        async def of_nobody(name: str) -> str:
+            return f"hello {name}"
+
+        async def plain(self, name: str) -> str:
+            return f"{self.greeting} {name}"
+
+    for method in (Greeter().greet, Greeter.of_class, Greeter().of_class, Greeter.of_nobody, guard(Greeter().plain)):
+        assert await method("bob") == "hello bob"
+
+
+class Callable_:  # noqa: N801 - an object that is called like an async function
+    async def __call__(self, name: str) -> str:
+        return f"hello {name}"
+
+
+@pytest.mark.parametrize("make", GUARDS)
+async def test_what_is_called_like_an_async_function_may_be_decorated(make: Callable[[], Guard]) -> None:
+    guard = make()
+    assert await guard(Callable_())("bob") == "hello bob"
+    assert await guard(functools.partial(greet, "bob"))(loud=True) == "HELLO bob"
+
+
+@pytest.mark.parametrize("make", GUARDS)
+async def test_call_takes_anything_that_returns_an_awaitable(make: Callable[[], Guard]) -> None:
+    def plain(name: str) -> "asyncio.Future[str]":
+        future = asyncio.get_running_loop().create_future()
+        future.set_result(f"hello {name}")
+        return future
+
+    assert await make().call(plain, "bob") == "hello bob"
+    assert await make().call(lambda: greet("bob", loud=True)) == "HELLO bob"
+
+
+def sync(name: str) -> str:
+    return name
+
+
+async def generate() -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize("make", GUARDS)
+@pytest.mark.parametrize(
+    ("fn", "advice"),
+    [
+        (sync, "sync is not one: make it `async def`, or pass what returns an awaitable to .call()"),
+        (len, "len is not one"),
+        (Callable_, "Callable_ is not one"),
+        (3, "3 is not one"),
+        (generate, "generate is an async generator, which is not one call: guard the calls that it makes"),
+        (classmethod(greet), "is wrapped already: put @classmethod above @"),  # type: ignore[arg-type]
+        (staticmethod(greet), "is wrapped already: put @staticmethod above @"),
+    ],
+)
+def test_what_is_no_async_function_is_refused_with_advice(make: Callable[[], Guard], fn: Any, advice: str) -> None:
+    guard = make()
+    with pytest.raises(TypeError) as caught:
+        guard(fn)
+    assert str(caught.value).startswith(f"@{type(guard).__name__} guards async functions, and ")
+    assert advice in str(caught.value)
+
+
+def test_a_guard_of_ones_own_needs_only_call() -> None:
+    tag = Tag("x")
+    assert (tag.kind, tag.time_limit, tag.idle, tag.describe()) == ("guard", None, True, "Tag(x)")
+    with pytest.raises(TypeError, match="abstract"):
+        Guard()  # type: ignore[abstract]
+
+
+# --- stack -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["call", "decorated"])
+async def test_a_call_passes_the_guards_from_the_outermost_to_the_innermost(form: str) -> None:
+    log: list[str] = []
+    guards = stack(Tag("a", log), stack(Tag("b", log), Tag("c", log)))
+    called = guards.call(greet, "bob") if form == "call" else guards(greet)("bob")
+    assert await called == "hello bob"
+    assert log == ["into a", "into b", "into c", "out of c", "out of b", "out of a"]
+
+
+def test_it_describes_the_order() -> None:
+    guards = stack(retrier(), CircuitBreaker(name="bob"), Bulkhead(10), Timeout(2.0))
+    lines = guards.describe().splitlines()
+    assert [line.partition("(")[0] for line in lines] == [
+        "1. Retrier",
+        "2. CircuitBreaker",
+        "3. Bulkhead",
+        "4. Timeout",
+        "5. your function",
+    ]
+    assert repr(guards) == f"stack({', '.join(map(repr, guards.guards))})"
+
+
+def test_its_time_limit_is_the_least_and_it_is_idle_when_all_are() -> None:
+    breaker = CircuitBreaker()
+    guards = stack(Timeout(5.0), breaker, Timeout(2.0))
+    assert guards.time_limit == 2.0
+    assert stack(Tag("a")).time_limit is None
+    assert guards.idle
+    breaker.record_failure()
+    assert not guards.idle
+
+
+@pytest.mark.parametrize(
+    ("guards", "reason"),
+    [
+        (lambda: (twice := CircuitBreaker(), Tag("x"), twice), "is in the stack twice: a call would pass it twice"),
+        (lambda: (retrier(), Timeout(1.0), retrier()), "their attempts multiply: keep one of them"),
+        (lambda: (Bulkhead(3), retrier()), "slots of the Bulkhead would sleep through the retrier's delays: put the"),
+        (lambda: (Bulkhead(3), Tag("x"), retrier()), "put the Retrier outside"),
+        (lambda: (Hedger(delay=1.0), retrier()), "every hedge would retry by itself: put the Retrier outside"),
+        (lambda: (Hedger(delay=1.0), Hedger(delay=2.0)), "their copies multiply: keep one of them"),
+        (lambda: (Timeout(1.0), Timeout(2.0)), "the longer limit inside can never be reached: swap them"),
+        (lambda: (Timeout(1.0), Tag("x"), Timeout(2.0)), "the longer limit inside can never be reached"),
+        (lambda: (retrier(timeout=1.0), Timeout(2.0)), "the longer limit inside can never be reached"),
+        (lambda: (stack(Bulkhead(3), Tag("x")), stack(retrier())), "put the Retrier outside"),
+        (tuple, "at least one guard"),
+    ],
+)
+def test_orders_that_make_no_sense_are_refused_with_a_reason(guards: Callable[[], Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        stack(*guards())
+
+
+@pytest.mark.parametrize(
+    "guards",
+    [
+        lambda: (retrier(), CircuitBreaker(), Bulkhead(3), Timeout(1.0)),
+        lambda: (Timeout(9.0), retrier(timeout=8.0), Hedger(delay=1.0), CircuitBreaker(), Timeout(1.0)),
+        lambda: (Timeout(1.0), Timeout(1.0)),
+        lambda: (CircuitBreaker(), retrier()),
+        lambda: (CircuitBreaker(), CircuitBreaker()),
+        lambda: (retrier(), Bulkhead(3), Bulkhead(2)),
+        lambda: (stack(retrier(), CircuitBreaker()), Timeout(1.0)),
+    ],
+)
+async def test_orders_that_make_sense_are_accepted(guards: Callable[[], Any]) -> None:
+    assert await stack(*guards()).call(greet, "bob") == "hello bob"
+
+
+def test_what_is_no_guard_is_refused_with_a_hint() -> None:
+    with pytest.raises(TypeError, match=r"^stack\(\) takes guards, not <function sync"):
+        stack(sync)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"take the guard of a key: breakers\[peer\]$"):
+        stack(retrier(), PerKey(lambda _: CircuitBreaker()))  # type: ignore[arg-type]
+
+
+async def test_local_refusals_stay_out_of_the_statistics_of_a_breaker() -> None:
+    breaker = CircuitBreaker(failure_threshold=1)
+    guards = stack(breaker, Bulkhead(1))
+    results = await asyncio.gather(*(guards.call(asyncio.sleep, 1) for _ in range(20)), return_exceptions=True)
+    assert sum(isinstance(result, BulkheadFull) for result in results) == 19
+
+    async def limited() -> None:
+        raise RateLimited(name="limiter", key="bob", max_count=1, window=1.0, retry_after=1.0)
+
+    inner = CircuitBreaker(failure_threshold=1)
+    inner.isolate()
+    with pytest.raises(RateLimited):
+        await breaker.call(limited)
+    with pytest.raises(CircuitOpen):
+        await breaker.call(inner(greet), "bob")
+    assert breaker.state is State.CLOSED
+    assert breaker.idle
+
+
+async def test_a_refused_probe_gives_its_place_back() -> None:
+    bulkhead = Bulkhead(1)
+    breaker = CircuitBreaker(failure_threshold=1, reset_timeout=10.0)
+    guards = stack(breaker, bulkhead)
+    breaker.record_failure()
+    await asyncio.sleep(10)
+    async with bulkhead:
+        with pytest.raises(BulkheadFull):
+            await guards.call(greet, "bob")
+    assert await guards.call(greet, "bob") == "hello bob"
+    assert breaker.state is State.CLOSED
+
+
+async def test_a_retrier_outside_waits_for_the_breaker_to_let_a_probe_through() -> None:
+    times: list[float] = []
+    breaker = CircuitBreaker(failure_threshold=2, reset_timeout=30.0)
+
+    async def flaky() -> str:
+        times.append(asyncio.get_running_loop().time())
+        if len(times) < 3:
+            raise ConnectionError
+        return "done"
+
+    outer = Retrier(RetryPolicy(max_retries=5, base_delay=1.0, jitter=False), on=(ConnectionError, CircuitOpen))
+    assert await stack(outer, breaker)(flaky)() == "done"
+    assert times == [0.0, 1.0, 31.0], "two failures opened it; the retry after that waited out the break"
+    assert breaker.state is State.CLOSED
+
+
+async def test_a_timeout_inside_the_breaker_counts_and_one_outside_does_not() -> None:
+    inside, outside = CircuitBreaker(failure_threshold=1), CircuitBreaker(failure_threshold=1)
+    for guards in (stack(inside, Timeout(1.0)), stack(Timeout(1.0), outside)):
+        with pytest.raises(CallTimeout):
+            await guards.call(asyncio.sleep, 100)
+    assert (inside.state, outside.state) == (State.OPEN, State.CLOSED)
+
+
+async def test_the_copies_of_a_hedger_outside_pass_the_breaker_each_and_the_loser_does_not_count() -> None:
+    breaker = CircuitBreaker(failure_threshold=1)
+    seconds = iter([100.0, 1.0])
+
+    async def read() -> str:
+        await asyncio.sleep(next(seconds))
+        return "value"
+
+    assert await stack(Hedger(delay=1.0), breaker).call(read) == "value"
+    assert (breaker.state, breaker.stats().in_flight) == (State.CLOSED, 0)
+
+
+# --- PerKey ------------------------------------------------------------------------------------------------
+
+
+def test_each_key_has_one_guard_of_its_own_made_on_first_use() -> None:
+    made: list[str] = []
+
+    def make(peer: str) -> CircuitBreaker:
+        made.append(peer)
+        return CircuitBreaker(name=peer)
+
+    breakers = PerKey(make, max_keys=3)
+    assert breakers["bob"] is breakers["bob"]
+    assert breakers["carol"] is not breakers["bob"]
+    assert made == ["bob", "carol"]
+    assert breakers.get("dave") is None, "asking made none"
+    assert breakers.get("bob") is breakers["bob"]
+    assert (len(breakers), list(breakers), "bob" in breakers, "dave" in breakers) == (2, ["carol", "bob"], True, False)
+    assert [key for key, _ in breakers.items()] == ["carol", "bob"]
+    assert repr(breakers) == "PerKey('per-key', keys=2, max_keys=3)"
+
+
+def test_a_key_spray_cannot_close_an_open_breaker() -> None:
+    breakers = PerKey[str, CircuitBreaker](lambda peer: CircuitBreaker(failure_threshold=2, name=peer), max_keys=100)
+    victim = breakers["victim"]
+    for _ in range(2):
+        victim.record_failure()
+    nearly = breakers["nearly"]
+    nearly.record_failure()
+    for number in range(10_000):
+        breakers[f"spray {number}"]
+    assert breakers["victim"] is victim
+    assert victim.state is State.OPEN
+    assert breakers["nearly"] is nearly
+    assert len(breakers) == 100
+    assert breakers.stats().evicted == 10_002 - 100
+
+
+async def test_a_spray_cannot_evict_a_call_in_flight() -> None:
+    breakers = PerKey[str, CircuitBreaker](lambda _: CircuitBreaker(failure_threshold=1), max_keys=10)
+
+    async def fails() -> None:
+        await asyncio.sleep(1)
+        raise ConnectionError
+
+    under_way = asyncio.create_task(breakers["victim"].call(fails))
+    await asyncio.sleep(0)
+    for number in range(1_000):
+        breakers[f"spray {number}"]
+    await asyncio.gather(under_way, return_exceptions=True)
+    assert breakers["victim"].state is State.OPEN
+
+
+def test_when_no_guard_is_idle_a_new_key_is_refused_and_counted_and_the_others_stay() -> None:
+    made = 0
+
+    def make(_: str) -> CircuitBreaker:
+        nonlocal made
+        made += 1
+        return CircuitBreaker(failure_threshold=1)
+
+    breakers = PerKey(make, max_keys=3, name="peers")
+    for peer in "abc":
+        breakers[peer].record_failure()
+    for _ in range(5):
+        with pytest.raises(TooManyKeys, match=r"^peers: no room for 'd', all 3 keys are in use; raise max_keys$"):
+            breakers["d"]
+    assert (sorted(breakers), made) == (["a", "b", "c"], 3)
+    assert (breakers.stats().keys, breakers.stats().evicted, breakers.stats().refused) == (3, 0, 5)
+    breakers["b"].reset()
+    breakers["d"].record_failure()
+    assert sorted(breakers) == ["a", "c", "d"]
+
+
+async def test_peers_that_are_gone_for_good_make_room_in_the_end() -> None:
+    breakers = PerKey[object, CircuitBreaker](lambda _: CircuitBreaker(2, reset_timeout=30.0), max_keys=50)
+    for number in range(50):
+        breakers[number].record_failure()
+        if number % 2:
+            breakers[number].record_failure()
+    with pytest.raises(TooManyKeys):
+        breakers["new"]
+    await asyncio.sleep(330)
+    for number in range(50):
+        breakers[f"new {number}"]
+    assert len(breakers) == 50
+
+
+def test_a_make_that_raises_leaves_nothing_behind() -> None:
+    def make(key: str) -> CircuitBreaker:
+        if key == "bad":
+            raise KeyError(key)
+        return CircuitBreaker()
+
+    breakers = PerKey(make, max_keys=2)
+    breakers["good"]
+    with pytest.raises(KeyError):
+        breakers["bad"]
+    assert list(breakers) == ["good"]
+
+
+async def test_there_may_be_a_whole_stack_per_key() -> None:
+    guards = PerKey[str, Stack](lambda peer: stack(retrier(), CircuitBreaker(name=peer), Bulkhead(1)), max_keys=1)
+    under_way = asyncio.create_task(guards["bob"].call(asyncio.sleep, 1))
+    await asyncio.sleep(0)
+    with pytest.raises(TooManyKeys):
+        guards["carol"]
+    await under_way
+    assert isinstance(guards["carol"], Stack)
+
+
+class Evictable:
+    def __init__(self) -> None:
+        self.busy = False
+        self.looks = 0
+
+    @property
+    def idle(self) -> bool:
+        self.looks += 1
+        return not self.busy
+
+
+class PerKeyMachine(RuleBasedStateMachine):
+    """The model is a list of keys: those looked at or used go to its end, the first idle one makes room."""
+
+    @initialize(max_keys=st.integers(1, 5), looks=st.integers(1, 6))
+    def start(self, max_keys: int, looks: int) -> None:
+        class FewLooks(PerKey[int, Evictable]):
+            MAX_LOOKS = looks
+
+        self.max_keys = max_keys
+        self.looks = looks
+        self.made: list[Evictable] = []
+        self.per_key = FewLooks(self.make, max_keys=max_keys)
+        self.model: list[tuple[int, Evictable]] = []
+        self.evicted = self.refused = 0
+
+    def make(self, _: int) -> Evictable:
+        self.made.append(Evictable())
+        return self.made[-1]
+
+    @rule(key=st.integers(0, 9))
+    def use(self, key: int) -> None:
+        known = next((entry for entry in self.model if entry[0] == key), None)
+        if known:
+            self.model.remove(known)
+            self.model.append(known)
+            assert self.per_key[key] is known[1]
+            return
+        looks_before = sum(guard.looks for guard in self.made)
+        room = len(self.model) < self.max_keys
+        for _ in range(min(self.looks, len(self.model))):
+            if room:
+                break
+            oldest = self.model.pop(0)
+            if oldest[1].busy:
+                self.model.append(oldest)
+            else:
+                self.evicted += 1
+                room = True
+        if room:
+            guard = self.per_key[key]
+            assert guard is self.made[-1]
+            self.model.append((key, guard))
+        else:
+            self.refused += 1
+            with pytest.raises(TooManyKeys):
+                self.per_key[key]
+        assert sum(guard.looks for guard in self.made) - looks_before <= self.looks
+
+    @rule(key=st.integers(0, 9), busy=st.booleans())
+    def change(self, key: int, busy: bool) -> None:
+        guard = self.per_key.get(key)
+        if guard is not None:
+            guard.busy = busy
+
+    @invariant()
+    def agree(self) -> None:
+        with contextlib.suppress(AttributeError):
+            assert self.per_key.items() == self.model
+            assert len(self.per_key) <= self.max_keys
+            stats = self.per_key.stats()
+            assert (stats.keys, stats.evicted, stats.refused) == (len(self.model), self.evicted, self.refused)
+
+
+TestPerKey = PerKeyMachine.TestCase
+TestPerKey.settings = settings(max_examples=60, stateful_step_count=30)
+
+
+@pytest.mark.parametrize("max_keys", [0, -1])
+def test_a_bad_max_keys_is_refused_by_name(max_keys: int) -> None:
+    with pytest.raises(ValueError, match=f"^max_keys must be at least 1, not {max_keys}$"):
+        PerKey(lambda _: CircuitBreaker(), max_keys=max_keys)
