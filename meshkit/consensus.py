@@ -302,7 +302,7 @@ class ConsensusHelper(Generic[T]):
         """Return the votes, in an order that does not depend on their arrival."""
         try:
             return [self._votes[voter] for voter in sorted(self._votes, key=_rank)]
-        except TypeError:  # voters that only this process can tell apart have no order in common
+        except (TypeError, ValueError):  # voters that only this process can tell apart have no order in common
             return list(self._votes.values())
 
     def reset(self) -> None:
