@@ -93,11 +93,11 @@ class Behavior(Generic[P]):
     @functools.cached_property
     def decoder(self) -> msgspec.msgpack.Decoder[P]:
         """What decodes its payload, checking every field. Made at first use, when all types are defined."""
+        require_portable(self.payload)
         return msgspec.msgpack.Decoder(self.payload)
 
     def prepare(self) -> None:
         """Raise an error if its types cannot travel, and have to."""
-        require_portable(self.payload)
         _ = self.decoder
 
     @functools.cached_property
@@ -139,13 +139,12 @@ class Request(Behavior[P], Generic[P, R]):
     @functools.cached_property
     def reply_decoder(self) -> msgspec.msgpack.Decoder[R]:
         """What decodes its reply, checking every field."""
+        require_portable(self.reply)
         return msgspec.msgpack.Decoder(self.reply)
 
     def prepare(self) -> None:
         """Raise an error if its types cannot travel."""
-        super().prepare()
-        require_portable(self.reply)
-        _ = self.reply_decoder
+        _ = self.decoder, self.reply_decoder
 
     @functools.cached_property
     def _reply_class(self) -> Any:

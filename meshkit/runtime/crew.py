@@ -48,6 +48,12 @@ class Crew:
         self._context = contextvars.copy_context()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ended = False
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended, and its loop was not closed under it."""
+        return not self._ended and not self._loop.is_closed()
 
     def __contains__(self, task: object) -> bool:
         return task in self._tasks
@@ -57,7 +63,7 @@ class Crew:
         name = f"{self._prefix}:{what}"
         if self._ended:
             raise RuntimeError(f"{name} cannot begin: its service has stopped")
-        task = asyncio.get_running_loop().create_task(run(), name=name, context=self._context.copy())
+        task = self._loop.create_task(run(), name=name, context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task

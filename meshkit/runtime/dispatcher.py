@@ -1,7 +1,7 @@
 """The dispatcher: a message waits in the mailbox of its service, a worker runs the handler, the caller is answered."""
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -184,9 +184,10 @@ class Dispatcher:
         """How many messages are being handled."""
         return sum(mailbox.running for mailbox in self._mailboxes.values())
 
-    async def quiet(self) -> None:
-        """Wait until no message waits or is being handled."""
-        while busy := [mailbox for mailbox in self._mailboxes.values() if mailbox.busy]:
+    async def quiet(self, services: Collection[str]) -> None:
+        """Wait until no message of these services waits or is being handled."""
+        mailboxes = [self._mailboxes[service] for service in services]
+        while busy := [mailbox for mailbox in mailboxes if mailbox.busy]:
             await busy[0].quiet()
 
     def open_mailbox(self, service: str) -> None:

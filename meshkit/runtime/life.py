@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
+from meshkit import _time
 from meshkit.runtime.crew import Crew
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.home import Home
@@ -44,6 +45,7 @@ class Life:
         self._transport = transport
         self._log = runtime.log("runtime")
         self._grace = grace
+        self._grace_until = 0.0  # there is none but for a stop that was asked for
         self._on_failure = on_failure
         self._end_of_log = end_of_log
         self._crews = {
@@ -60,6 +62,7 @@ class Life:
         return task is self.home.task or any(task in crew for crew in self._crews.values())
 
     async def _live(self, home: Home) -> None:
+        failed: BaseException | None = None
         try:
             self._init()
             await self._transport.start(self.node, self.router)
@@ -68,21 +71,19 @@ class Life:
                 await self._start(service)
             home.opened()
             await home.asked_to_close()
-            await self._drain()
-        except asyncio.CancelledError:
-            _uncancel()  # the end goes on without what was cut short
-            if self.failure is None:
-                raise
-        finally:
             self.router.draining = True
-            for service in reversed(self._graph.services):
-                await self._stop(service)
-            self.router.dispatcher.close()
-            if self._joined:
-                await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "closing the transport")
-            self._finish()
-        if self.failure is not None:
+            self._grace_until = _time.now() + self._grace
+            await self._drain(*self._graph.services)
+        except GeneratorExit:  # the loop was closed under it: there is nothing to wait on any more
+            raise
+        except BaseException as error:  # noqa: BLE001 - raised again when all has been undone
+            failed = error
+            self._cut_short()
+        await self._end()
+        if self.failure is not None and (failed is None or isinstance(failed, asyncio.CancelledError)):
             raise self.failure
+        if failed is not None:
+            raise failed
 
     # --- the start
 
@@ -124,13 +125,28 @@ class Life:
 
     # --- the end; each step is bounded, and a cancellation cuts one step short
 
-    async def _drain(self) -> None:
+    async def _drain(self, *services: Service) -> None:
+        """Let handlers finish what their services have accepted, while there is grace."""
+        with anyio.CancelScope(deadline=self._grace_until):
+            await self.router.dispatcher.quiet([service.name for service in services])
+
+    async def _end(self) -> None:
         self.router.draining = True
-        with anyio.move_on_after(self._grace):
-            await self.router.dispatcher.quiet()
+        for service in reversed(self._graph.services):
+            await self._stop(service)
+        self.router.dispatcher.close()
+        if self._joined:
+            await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "closing the transport")
+        self.over = True
+        self.router.close()
+        if self.router.counts.cut:
+            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.router.counts.cut.items()))
+            self._log.warning("node %r stopped before it had handled: %s", self.node, kinds)
+        self._end_of_log()
 
     async def _stop(self, service: Service) -> None:
-        """Cut what its handlers have not finished, end its background tasks, then let it clean up."""
+        """Let it finish what others asked of it as they stopped; cut the rest, and its tasks; then let it clean up."""
+        await self._step(self._drain(service), "the grace", service)
         self.router.dispatcher.close_mailbox(service.name)
         await self._step(self._end_crew(service), "ending its tasks", service)
         if service in self._started:
@@ -147,7 +163,7 @@ class Life:
         try:
             await step
         except asyncio.CancelledError:
-            _uncancel()
+            self._cut_short()
             log.warning("node %r stops: %s was cut short", self.node, what)
         except Exception as error:
             log.exception("node %r stops: %s failed", self.node, what)
@@ -155,13 +171,12 @@ class Life:
                 self.failure = self._failed(service, what)
                 self.failure.__cause__ = error
 
-    def _finish(self) -> None:
-        self.over = True
-        self.router.close()
-        if self.router.counts.cut:
-            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.router.counts.cut.items()))
-            self._log.warning("node %r stopped before it had handled: %s", self.node, kinds)
-        self._end_of_log()
+    def _cut_short(self) -> None:
+        """Go on after a cancellation: it cut short what it hit, and there is no more grace."""
+        self._grace_until = 0.0
+        task = asyncio.current_task()
+        while task is not None and task.uncancel():
+            pass
 
 
 async def _within(timeout: float, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -169,9 +184,3 @@ async def _within(timeout: float, hook: Callable[[], Coroutine[Any, Any, None]])
         await hook()
     if scope.cancelled_caught:
         raise TimeoutError(f"it took longer than {timeout:g} s")
-
-
-def _uncancel() -> None:
-    task = asyncio.current_task()
-    while task is not None and task.uncancel():
-        pass

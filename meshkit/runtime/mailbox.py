@@ -148,7 +148,7 @@ class Mailbox(Generic[T]):
             while True:
                 self._waking = False  # this one runs
                 await self._take_all()
-                if self._idle is not None:
+                if self._idle is not None or self.closed:
                     return  # one idle worker is enough
                 self._idle = asyncio.get_running_loop().create_future()
                 try:

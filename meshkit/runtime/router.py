@@ -80,7 +80,8 @@ class Router:
         behavior.check(payload)
         kind, call_id = behavior.kind, new_id()
         remaining = min(_check.duration("timeout", timeout), anyio.current_effective_deadline() - _time.now())
-        ask = Ask(call_id, kind, _time.wall(), max(0, int(remaining * 1000)), encode_payload(payload))
+        milliseconds = int(max(0.0, remaining) * 1000)  # the deadline of a scope that has been cancelled is -infinity
+        ask = Ask(call_id, kind, _time.wall(), milliseconds, encode_payload(payload))
         self.counts.sent += 1
         self._asked[call_id] = (to, kind)
         try:

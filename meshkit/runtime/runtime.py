@@ -69,7 +69,11 @@ class Runtime:
         self.services = tuple(services)
         self._transport: Transport = Alone() if transport is None else transport
         self._grace = _check.duration("grace", grace, zero=True)
-        self._loggers = (tuple(disabled_loggers), tuple(verbose_loggers))
+        self._loggers = (_names(disabled_loggers), _names(verbose_loggers))
+        if logger is not None and any(self._loggers):
+            raise ValueError(
+                "disabled_loggers and verbose_loggers are for a logger of its own: set them where you make it"
+            )
         self._own_logger = logger is None
         self.logger = self._new_logger() if logger is None else logger
         self._life: Life | None = None  # the present run, or the last one
@@ -205,9 +209,12 @@ class Runtime:
 
     async def _told(self, end: Coroutine[Any, Any, None]) -> None:
         """Await `end`; each one who is told about a failure gets an error of their own."""
+        failure: ServiceFailed | None = None
         try:
             await end
-        except ServiceFailed as failure:
+        except ServiceFailed as error:
+            failure = error
+        if failure is not None:
             fresh = ServiceFailed(node=failure.node, service=failure.service, what=failure.what)
             raise fresh from failure.__cause__
 
@@ -231,3 +238,7 @@ class Runtime:
         """End the body of `async with`, if the task that entered it still runs: its runtime has failed."""
         if self._body is not None and not self._body.done():
             self._body_cancelled = self._body.cancel()
+
+
+def _names(names: Iterable[str]) -> Iterable[str]:
+    return names if isinstance(names, str) else tuple(names)  # one string is for the Logger to complain about

@@ -33,12 +33,13 @@ class MemoryHub:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
-        return f"MemoryHub(nodes={sorted(self._nodes)})"
+        return f"MemoryHub(nodes={sorted(self.nodes)})"
 
     @property
     def nodes(self) -> tuple[str, ...]:
         """The nodes that have joined, in that order."""
-        return tuple(self._nodes)
+        gone = self._loop is None or self._loop.is_closed()  # a loop that was closed takes its nodes down with it
+        return () if gone else tuple(self._nodes)
 
     # --- faults
 
@@ -66,9 +67,9 @@ class MemoryHub:
         """
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            if self._nodes and self._loop is not None and not self._loop.is_closed():
+            if self.nodes:
                 raise RuntimeError(f"node {node!r} cannot join {self!r}, whose nodes run on another event loop")
-            self._nodes.clear()  # they went down with their loop
+            self._nodes.clear()
             self._loop = loop
         if node in self._nodes:
             raise ValueError(f"node {node!r} cannot join {self!r}: there is a node of that name")
@@ -95,7 +96,7 @@ class MemoryHub:
     def broadcast(self, sender: str, frame: bytes) -> None:
         """Hand `frame` over to every node but its sender."""
         for node in list(self._nodes):
-            if node != sender:
+            if node != sender and node in self._nodes:  # what one receives may make another one leave
                 self.send(sender, node, frame)
 
     def _carries(self, sender: str, to: str) -> bool:
@@ -121,7 +122,7 @@ class MemoryTransport:
 
     async def start(self, node: str, receiver: Receiver) -> None:
         """Join the hub as `node`."""
-        if self._node is not None:
+        if self._node in self._hub.nodes:
             raise RuntimeError(f"{self!r} is in use: give each runtime a MemoryTransport of its own, on the same hub")
         self._hub.join(node, receiver)
         self._node = node

@@ -1,8 +1,9 @@
 """Services and nodes that the tests of the runtime share."""
 
 import asyncio
+import functools
 import io
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -10,6 +11,7 @@ import msgspec
 
 from meshkit.logger import Logger
 from meshkit.runtime import Message, Reject, Runtime, Service, broadcast, handles, local, request
+from meshkit.testing import CancellationPoint, cancellation_points, run
 from meshkit.transports import MemoryHub, MemoryTransport
 
 
@@ -80,6 +82,15 @@ class Stash(Service):
     @handles(STORED)
     async def on_stored(self, msg: Message[list[str]]) -> None:
         self.stored.append(msg)
+
+
+def everywhere(scenario: Callable[[CancellationPoint], Coroutine[Any, Any, None]]) -> None:
+    """Run `scenario(point)` on virtual time once for every point at which it can be cancelled."""
+    count = 0
+    for point in cancellation_points():
+        run(functools.partial(scenario, point))
+        count += 1
+    assert count > 3, "the scenario never waited: nothing was cancelled"
 
 
 def _raise(error: BaseException) -> None:

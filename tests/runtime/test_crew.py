@@ -1,13 +1,12 @@
 import asyncio
 import contextvars
-from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from meshkit.runtime.crew import Crew, Restarts
-from meshkit.testing import cancellation_points, run
+from meshkit.testing import CancellationPoint
+from tests.runtime.nodes import everywhere
 
 VARIABLE = contextvars.ContextVar("VARIABLE", default="unset")
 
@@ -173,23 +172,17 @@ async def test_after_the_end_nothing_begins() -> None:
 
 
 def test_a_supervised_task_can_be_cancelled_anywhere() -> None:
-    for point in cancellation_points():
+    async def scenario(point: CancellationPoint) -> None:
+        async def failing() -> None:
+            await asyncio.sleep(1)
+            raise ValueError
 
-        async def main() -> None:
-            runs = 0
+        crew = Supervised().crew
 
-            async def failing() -> None:
-                nonlocal runs
-                runs += 1
-                await asyncio.sleep(1)
-                raise ValueError
+        async def supervised() -> None:
+            await crew.supervise(failing, "x", Restarts(2, 60.0))
 
-            crew = Supervised().crew
+        await point.cancel(supervised())
+        assert await crew.end(1.0) == []
 
-            async def scenario() -> Any:
-                await crew.supervise(failing, "x", Restarts(2, 60.0))
-
-            await point.cancel(scenario())
-            assert await crew.end(1.0) == []
-
-        run(main)
+    everywhere(scenario)

@@ -3,13 +3,13 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from meshkit.errors import Closed, Overloaded
 from meshkit.runtime.crew import Crew
 from meshkit.runtime.mailbox import Mailbox
-from meshkit.testing import cancellation_points, run
+from meshkit.testing import CancellationPoint, run
+from tests.runtime.nodes import everywhere
 
 Handler = Callable[[Any], Coroutine[Any, Any, None]]
 
@@ -151,23 +151,20 @@ async def test_who_is_given_a_place_has_it_before_anybody_else_can_take_it() -> 
 
 
 def test_a_cancelled_waiter_gives_its_place_to_the_next() -> None:
-    for point in cancellation_points():
+    async def scenario(point: CancellationPoint) -> None:
+        boxed = Boxed(max_mailbox=1)
+        boxed.box.put("a")
+        asyncio.get_running_loop().call_later(1, boxed.box.discard, "a")
+        first = asyncio.create_task(point.cancel(boxed.put("b")))
+        await asyncio.sleep(0)
+        second = asyncio.create_task(boxed.put("c"))
+        if not await first:
+            assert boxed.box.discard("b")
+        await second
+        assert not boxed.box.has_room
+        assert boxed.box.close() == ["c"]
 
-        async def main() -> None:
-            boxed = Boxed(max_mailbox=1)
-            boxed.box.put("a")
-            asyncio.get_running_loop().call_later(1, boxed.box.discard, "a")
-            first = asyncio.create_task(point.cancel(boxed.put("b")))
-            await asyncio.sleep(0)
-            second = asyncio.create_task(boxed.put("c"))
-            cancelled = await first
-            if not cancelled:
-                assert boxed.box.discard("b")
-            await second
-            assert not boxed.box.has_room
-            assert boxed.box.close() == ["c"]
-
-        run(main)
+    everywhere(scenario)
 
 
 async def test_a_worker_does_not_wait_for_room_in_its_own_mailbox() -> None:
