@@ -35,12 +35,13 @@ class _Second:
 class RetryBudget:
     """What retries and hedges may cost, over all calls: share one among the guards that talk to one service.
 
-    When a service is down every caller retries, and the retries keep it down. With a budget, the retries of any ten
-    seconds never exceed `ratio` for each call of that time plus `min_per_second` for each second; what is more is not
-    made, and the error is raised at once. `min_per_second` is for clients with few calls: 0, or at least 0.1.
+    When a service is down every caller retries, and the retries keep it down. With a budget, a retry is granted only if
+    those of the last ten seconds are then at most `ratio` for each call of these seconds, plus `min_per_second` for
+    each second; else it is not made, and the error is raised at once. (Seconds of the clock: the one that runs counts
+    as the tenth.) `min_per_second` is for clients with few calls: 0, or at least 0.1.
 
-    The guards do the counting, and a retry or hedge that was granted but cancelled before it began is given back.
-    Cost: O(1), ten counters. After Finagle's RetryBudget (2016), whose defaults these are; counted here by the second.
+    The guards do the counting, and a retry whose delay is cancelled is given back. Cost: O(1), ten counters. After
+    Finagle's RetryBudget (2016), whose defaults these are.
     """
 
     WINDOW = 10

@@ -63,6 +63,8 @@ class RetryRule:
     """Judges errors for the Retrier, whose documentation has the rules."""
 
     def __init__(self, *, on: On, idempotent: bool) -> None:
+        if not isinstance(idempotent, bool):
+            raise TypeError(f"idempotent must be True or False, not {idempotent!r}")
         self.idempotent = idempotent
         self._classes, self._predicate = _checked(on)
         # To name is to name a kind that would be objected to; Exception, or a base of one's own, says nothing of it.
@@ -134,6 +136,6 @@ def _checked(on: Any) -> tuple[tuple[type[Exception], ...], Callable[[Exception]
     for c in classes:
         if not (isinstance(c, type) and issubclass(c, Exception)):
             raise TypeError(f"on must name classes of Exception (cancellations are never retried), not {c!r}")
-        if c is ExceptionGroup:
-            raise ValueError("on is asked about each error in a group: name those, not ExceptionGroup")
+        if issubclass(c, ExceptionGroup):
+            raise TypeError(f"on is asked about each error in a group: name those, not {c.__name__}")
     return classes, None

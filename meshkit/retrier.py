@@ -64,14 +64,14 @@ class Backoff:
     """
 
     def __init__(self, *, base_delay: float, max_delay: float, jitter: bool) -> None:
-        self._base_delay = base_delay
-        self._max_delay = max_delay
+        self._base_delay = _check.duration("base_delay", base_delay, zero=True)
+        self._max_delay = _check.duration("max_delay", max_delay, zero=True)
         self._jitter = jitter
 
     def delay(self, n: int, draw: Callable[[], float]) -> float:
         """Return the seconds before the `n`-th retry, from 1; `draw` returns a number of [0, 1)."""
         try:
-            delay = min(math.ldexp(self._base_delay, n - 1), self._max_delay)
+            delay = min(math.ldexp(self._base_delay, _check.count("n", n) - 1), self._max_delay)
         except OverflowError:
             delay = self._max_delay
         return delay * draw() if self._jitter else delay
@@ -112,6 +112,8 @@ class Retrier(Guard):
         observer: Observer | None = None,
     ) -> None:
         """`rng` draws the jitter; by default Python's global generator, which no two forks of a process share."""
+        if not isinstance(policy, RetryPolicy):
+            raise TypeError(f"policy must be a RetryPolicy, not {policy!r}")
         self.policy = policy
         self.rule = RetryRule(on=on, idempotent=idempotent)
         self.budget = budget
@@ -132,7 +134,7 @@ class Retrier(Guard):
 
     def delay_for(self, n: int) -> float:
         """Return the seconds to wait before the `n`-th retry, from 1; with jitter, each time another draw."""
-        return self._backoff.delay(_check.count("n", n), self._draw)
+        return self._backoff.delay(n, self._draw)
 
     def attempts(self) -> "Attempts":
         """Return the attempts of one call, to retry a block: see `Attempts`."""
@@ -202,7 +204,7 @@ class Attempts:
         self._deadline = math.inf  # of the whole call
         self._scope: anyio.CancelScope | None = None  # of the attempt that runs, if it has a limit
         self._delay = 0.0  # before the next attempt
-        self._failed_at = self._first_failed_at = 0.0
+        self._failed_at = self._first_failed_at = 0.0  # when the call began is not known: to ask would cost a success
         self._earlier: Exception | None = None  # the error before this attempt: the cause, should `timeout` cut it
 
     def __aiter__(self) -> Self:

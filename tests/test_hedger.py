@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 import pytest
-from hypothesis import assume, given, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from meshkit.errors import CallTimeout, PeerLost
 from meshkit.events import Event
@@ -129,6 +129,7 @@ async def test_without_a_delay_all_copies_start_at_once() -> None:
     delay=st.floats(0.1, 5),
     max_hedges=st.integers(1, 4),
 )
+@settings(max_examples=60)
 def test_who_runs_when_and_who_wins_agrees_with_the_naive_model(
     plans: list[tuple[float, bool]], delay: float, max_hedges: int
 ) -> None:
@@ -448,8 +449,8 @@ async def test_one_hedger_serves_many_tasks() -> None:
         await asyncio.sleep(seconds.pop(0))
         return number
 
-    calls = [hedger.call(fn, number, [60.0 if number % 3 else 0.5, 0.25]) for number in range(1000)]
-    assert await asyncio.gather(*calls) == list(range(1000))
+    calls = [hedger.call(fn, number, [60.0 if number % 3 else 0.5, 0.25]) for number in range(200)]
+    assert await asyncio.gather(*calls) == list(range(200))
     assert clock() == 1.25
 
 

@@ -195,7 +195,7 @@ async def test_a_retry_after_that_cannot_even_be_read_is_no_retry_after() -> Non
     assert fn.calls == [0.0, 1.0]
 
 
-# --- `on` ---
+# --- `on` ---------------------------------------------------------------------------------------------------
 
 
 async def async_predicate(_: Exception) -> bool:
@@ -205,6 +205,10 @@ async def async_predicate(_: Exception) -> bool:
 class AsyncPredicate:
     async def __call__(self, _: Exception) -> bool:
         return True
+
+
+class GroupOfOnesOwn(ExceptionGroup[Exception]):
+    pass
 
 
 @pytest.mark.parametrize(
@@ -217,7 +221,8 @@ class AsyncPredicate:
         (int, TypeError, "on must name classes of Exception"),
         (BaseException, TypeError, r"on must name classes of Exception \(cancellations are never retried\)"),
         (asyncio.CancelledError, TypeError, "cancellations are never retried"),
-        (ExceptionGroup, ValueError, "on is asked about each error in a group: name those"),
+        (ExceptionGroup, TypeError, "on is asked about each error in a group: name those, not ExceptionGroup"),
+        (GroupOfOnesOwn, TypeError, "on is asked about each error in a group: name those, not GroupOfOnesOwn"),
         (async_predicate, TypeError, "on must be a plain function, whose answer is there at once"),
         (AsyncPredicate(), TypeError, "on must be a plain function, whose answer is there at once"),
     ],

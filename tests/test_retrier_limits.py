@@ -5,12 +5,11 @@ import contextlib
 import gc
 import math
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import anyio
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from meshkit.errors import CallTimeout, Refused
@@ -243,10 +242,10 @@ def test_wherever_it_is_cancelled_it_ends_and_the_budget_gets_back_what_was_not_
                     run(main)
 
 
-async def test_ten_thousand_calls_that_are_cancelled_at_random_lose_nothing() -> None:
+async def test_a_thousand_calls_that_are_cancelled_at_five_hundred_moments_lose_nothing() -> None:
     budget = RetryBudget(ratio=1.0)
     retrier = Retrier(RetryPolicy(jitter=False, timeout=20.0), on=OSError, budget=budget)
-    scripts = [Script(OSError(), "done", seconds=0.25) for _ in range(10_000)]
+    scripts = [Script(OSError(), "done", seconds=0.25) for _ in range(1000)]
     tasks = [asyncio.create_task(retrier.call(script)) for script in scripts]
     for i, task in enumerate(tasks):
         asyncio.get_running_loop().call_later((i % 500) / 250, task.cancel)
@@ -406,25 +405,7 @@ class BudgetAgainstModel(RuleBasedStateMachine):
 
 
 TestBudgetAgainstModel = BudgetAgainstModel.TestCase
-TestBudgetAgainstModel.settings = settings(max_examples=40, stateful_step_count=30)
-
-
-@given(st.lists(st.tuples(st.booleans(), st.floats(0, 1.5)), max_size=200))
-@settings(max_examples=50)
-def test_in_no_ten_seconds_is_more_granted_than_earned(steps: list[tuple[bool, float]]) -> None:
-    budget = RetryBudget(ratio=0.25, min_per_second=0.5)
-    now, calls, grants = 0.0, list[float](), list[float]()
-    for is_call, seconds in steps:
-        now += seconds
-        if is_call:
-            budget.record_call(now)
-            calls.append(now)
-        elif budget.try_spend(now):
-            grants.append(now)
-    for end in grants:
-        start = math.floor(end) - 9  # by whole seconds
-        within: Callable[[list[float]], int] = lambda times: sum(start <= at <= end for at in times)  # noqa: B023, E731
-        assert within(grants) <= 0.25 * within(calls) + 0.5 * 10
+TestBudgetAgainstModel.settings = settings(max_examples=25, stateful_step_count=25)
 
 
 def test_a_budget_shows_what_it_is_and_does() -> None:
