@@ -81,7 +81,7 @@ def _hkdf(secret: bytes, info: bytes, salt: bytes = b"") -> bytes:
 
 # --- one message --------------------------------------------------------------------------------------------
 # PyNaCl clears its buffer first and copies it at the end, both under the GIL: a thread that seals 64 MiB stops the loop
-# for 90 ms. So libsodium writes large messages into the result itself, without the GIL and in half the time. What PyNaCl
+# for 90 ms. So libsodium writes large messages into the result itself, without the GIL, in half the time. What PyNaCl
 # calls it with is not public: should that go away, PyNaCl's public functions serve all sizes.
 _libsodium: Any = getattr(crypto_aead, "lib", None)
 _ffi: Any = getattr(crypto_aead, "ffi", None)
