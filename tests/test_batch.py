@@ -201,6 +201,22 @@ async def test_nobody_passes_those_who_wait_when_there_is_room_again() -> None:
     assert sink.items == list("abcde")
 
 
+async def test_whoever_was_just_served_does_not_pass_those_who_still_wait() -> None:
+    sink = Sink()
+    tried: list[bool] = []
+
+    async def add(item: str) -> None:
+        await collector.add(item)
+        tried.append(collector.try_add(f"another of {item}"))
+
+    async with BatchCollector(sink, max_size=5, max_wait=1, max_pending=5) as collector:
+        for item in range(5):
+            await collector.add(item)
+        await asyncio.gather(*(add(item) for item in "abc"))
+    assert tried == [False, False, True]
+    assert sink.items[5:] == ["a", "b", "c", "another of c"]
+
+
 async def test_ten_thousand_waiters_on_a_small_collector_are_all_served_in_order() -> None:
     sink = Sink(seconds=0.001)
     async with BatchCollector(sink, max_size=100, max_wait=1, stop_timeout=1000) as collector:

@@ -176,10 +176,11 @@ async def test_adding_from_inside_flush_is_legal() -> None:
             if item:
                 await collector.add(item - 1)
 
-    async with BatchCollector(flush, max_size=2, max_wait=1) as collector:
+    async with BatchCollector(flush, max_size=2, max_wait=100) as collector:
         await collector.add(3)
         await collector.add(2)
-    assert batches == [[3, 2], [2, 1], [1, 0], [0]]  # what is added while stopping is flushed as well
+    assert batches == [[3, 2], [2, 1], [1, 0], [0]]  # what is added while stopping is flushed as well, and at once
+    assert asyncio.get_running_loop().time() == 0.0
 
 
 async def test_adding_from_inside_flush_to_a_full_collector_is_refused_instead_of_waiting_forever() -> None:

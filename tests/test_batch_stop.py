@@ -95,6 +95,23 @@ async def test_stop_refuses_new_items_and_those_who_wait() -> None:
     assert sink.items == ["a"]
 
 
+async def test_a_batch_that_is_half_full_when_the_collector_is_stopped_takes_no_more() -> None:
+    sink = Sink(seconds=2)
+    async with BatchCollector(sink, max_size=3, max_wait=100) as collector:
+        for item in range(4):
+            await collector.add(item)
+        stopping = asyncio.create_task(collector.stop())
+        await asyncio.sleep(1)
+        with pytest.raises(Closed):
+            collector.try_add(4)
+        with pytest.raises(Closed):
+            await collector.add(5)
+        with pytest.raises(Closed):
+            await collector.submit(6)
+        await stopping
+    assert sink.batches == [[0, 1, 2], [3]]
+
+
 async def test_an_adder_that_was_woken_when_the_collector_is_stopped_adds_nothing() -> None:
     sink = Sink()
     errors: list[BaseException] = []
