@@ -8,7 +8,7 @@ from typing import Any
 
 from meshkit import _time
 
-__all__ = ["Crew", "Restarts"]
+__all__ = ["Crew", "Restarts", "take_back_cancellations"]
 
 
 class Restarts:
@@ -101,3 +101,10 @@ class Crew:
             if left:
                 _, left = await asyncio.wait(left, timeout=patience / 2)
         return sorted(task.get_name() for task in left)
+
+
+def take_back_cancellations() -> None:
+    """Let the current task go on although it was cancelled, as if it had not been."""
+    task = asyncio.current_task()
+    while task is not None and task.uncancel():
+        pass

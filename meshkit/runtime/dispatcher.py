@@ -9,7 +9,7 @@ import msgspec
 
 from meshkit import _time
 from meshkit.runtime.behavior import Reject
-from meshkit.runtime.crew import Crew
+from meshkit.runtime.crew import Crew, take_back_cancellations
 from meshkit.runtime.graph import Graph, Handler
 from meshkit.runtime.mailbox import Mailbox
 from meshkit.runtime.message import Message
@@ -98,14 +98,15 @@ class Dispatcher:
         return (caller, call_id) in self._serving
 
     def cancel(self, caller: str, call_id: str) -> None:
-        """Give up a call whose caller does not wait any more; one that has been answered is no more to be given up."""
+        """Give up a call whose caller does not wait any more, unless it has been answered already."""
         delivery = self._serving.get((caller, call_id))
         if delivery is None:
             return
         delivery.caller_waits = False
         if delivery.scope is not None:
             delivery.scope.cancel()
-        elif delivery.handler.mailbox.discard(delivery):
+        else:
+            delivery.handler.mailbox.discard(delivery)
             self._counts.cancelled += 1
             del self._serving[caller, call_id]
 
@@ -167,9 +168,7 @@ class Dispatcher:
         if delivery.handler.mailbox.closed:
             self._counts.cut[delivery.message.kind] += 1
             raise error
-        task = asyncio.current_task()
-        while task is not None and task.uncancel():
-            pass
+        take_back_cancellations()
         self._failed(delivery, error)
 
     # --- the state, and the end
@@ -205,7 +204,5 @@ class Dispatcher:
 
     def close(self) -> None:
         """Answer the callers of handlers that refused to end."""
-        for (caller, call_id), delivery in list(self._serving.items()):
-            if delivery.caller_waits:
-                delivery.caller_waits = False
-                self._answer(caller, Failure(call_id, "cut"))
+        for caller, call_id in list(self._serving):
+            self._answer(caller, Failure(call_id, "cut"))

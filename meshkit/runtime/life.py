@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from meshkit import _time
-from meshkit.runtime.crew import Crew
+from meshkit.runtime.crew import Crew, take_back_cancellations
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.home import Home
 from meshkit.runtime.router import Router
@@ -174,9 +174,7 @@ class Life:
     def _cut_short(self) -> None:
         """Go on after a cancellation: it cut short what it hit, and there is no more grace."""
         self._grace_until = 0.0
-        task = asyncio.current_task()
-        while task is not None and task.uncancel():
-            pass
+        take_back_cancellations()
 
 
 async def _within(timeout: float, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:

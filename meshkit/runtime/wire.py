@@ -144,7 +144,7 @@ def to_error(failure: Failure, node: str, kind: str) -> MeshkitError:
             return Draining(node=node)
         case "cut":
             return PeerLost(node=node)
-        case "failed":
+        case _:
             return RemoteError(
                 node=node,
                 kind=kind,

@@ -151,6 +151,7 @@ async def test_a_handler_can_fail_with_a_code(to: str) -> None:
         ("unencodable", "TypeError: Encoding objects of type object is unsupported"),
         ("cancels itself", "CancelledError"),
         ("cancels its task", "CancelledError"),
+        ("cancels its task twice", "CancelledError"),
     ],
 )
 async def test_a_handler_that_misbehaves_fails_and_its_service_lives_on(to: str, odd: str, logged: str) -> None:
@@ -169,6 +170,19 @@ async def test_a_reply_that_is_not_what_was_declared(to: str) -> None:
         assert isinstance(error.__cause__, msgspec.ValidationError)
         assert f"the reply of node {to!r} to 'stash:odd' is not what was declared" in alice.logged
         assert error.correlation_id in alice.logged
+
+
+async def test_only_requests_can_be_called() -> None:
+    async with mesh("alice") as (_, [alice], _):
+        with pytest.raises(TypeError, match=r"Broadcast\('social:tease', str\) has no reply: use emit"):
+            await alice.call(cast("Any", TEASE), "x", to="alice")
+
+
+async def test_who_has_gone_gets_no_answer_and_nobody_minds() -> None:
+    async with mesh("alice") as (hub, [alice], _):
+        alice.logger.set_service_verbose("runtime", True)
+        hub.send("zoe", "alice", encode(Ask("id", "x:unknown", 0.0, 1000, encode_payload(1))))
+        assert "Failure for node 'zoe' was not sent: node 'zoe' cannot be reached" in alice.logged
 
 
 async def test_a_timeout_ends_the_call_and_the_handler(to: str) -> None:

@@ -599,6 +599,18 @@ async def test_wait_returns_when_it_has_stopped_and_needs_a_start() -> None:
     await alice.wait()
 
 
+async def test_who_waits_for_a_runtime_of_which_the_start_is_cancelled_is_told() -> None:
+    alice = Node("alice", Noted("slow", [], start=10.0))
+    starting = asyncio.create_task(alice.start())
+    await asyncio.sleep(1)
+    waiting = asyncio.create_task(alice.wait())
+    await asyncio.sleep(1)
+    starting.cancel()
+    await waiting
+    await asyncio.wait([starting])
+    assert starting.cancelled()
+
+
 async def test_hundreds_of_starts_and_stops_leave_nothing() -> None:
     hub = MemoryHub()
     async with Node("bob", Stash(), hub=hub) as bob:

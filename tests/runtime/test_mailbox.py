@@ -211,6 +211,18 @@ async def test_a_waiter_may_be_cancelled_and_closed_upon_at_once() -> None:
         assert waiting.cancelled()
 
 
+async def test_a_waiter_that_is_cancelled_as_a_place_becomes_free_does_not_get_it() -> None:
+    boxed = Boxed(max_mailbox=1)
+    boxed.box.put("a")
+    first, second = (asyncio.create_task(boxed.put(item)) for item in ("b", "c"))
+    await asyncio.sleep(0)
+    first.cancel()
+    boxed.box.discard("a")
+    await second
+    assert first.cancelled()
+    assert boxed.box.close() == ["c"]
+
+
 async def test_what_has_begun_cannot_be_discarded() -> None:
     boxed = Boxed(max_concurrent=1)
     boxed.box.open()

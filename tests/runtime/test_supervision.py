@@ -80,6 +80,21 @@ async def test_no_restarts_means_the_first_failure_stops_it() -> None:
     assert now() == 5
 
 
+async def test_one_that_fails_before_the_body_begins_cancels_it_at_its_first_await() -> None:
+    async def fail() -> None:
+        raise ValueError
+
+    async def spawn(service: Service) -> None:
+        service.spawn(fail)
+
+    service = Noted("one", [], start=spawn)
+    service.max_restarts = 0
+    with pytest.raises(ServiceFailed):
+        async with Node("alice", service):
+            await asyncio.sleep(1000)
+    assert now() == 0
+
+
 async def test_what_is_in_flight_is_finished_before_it_stops() -> None:
     failing, stash = Failing(after=5.0), Stash()
     failing.max_restarts = 0
