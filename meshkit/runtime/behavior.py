@@ -45,19 +45,22 @@ __all__ = [
 
 P = TypeVar("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 S = TypeVar("S")
 
 
 class Reject(Exception):
     """Raised by a handler to fail a call on purpose, with a `code` that its caller can act upon.
 
-    The caller gets a `RemoteError` with this `code`, `detail` and `retryable`. Of any other exception it learns no more
-    than the code "internal".
+    The caller gets a `RemoteError` with this `code`, `detail` and `retryable`, and nothing is logged. Of any other
+    exception the caller learns no more than the code "internal", and the id to look for in the log.
     """
 
     def __init__(self, code: str, detail: str = "", *, retryable: bool = False) -> None:
         super().__init__(code, detail)
         self.code = check_name("the code of a Reject", code)
+        if code in {"internal", "bad_reply"}:
+            raise ValueError(f"the code of a Reject cannot be {code!r}, which says that nobody chose to fail")
         self.detail = str(detail)
         self.retryable = bool(retryable)
 
@@ -124,10 +127,10 @@ class Broadcast(Behavior[P]):
 
 
 @dataclass(frozen=True, repr=False)
-class Request(Behavior[P], Generic[P, R]):
+class Request(Behavior[P], Generic[P, R_co]):
     """A kind that asks one node, which answers with a reply."""
 
-    reply: type[R]
+    reply: type[R_co]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,7 +140,7 @@ class Request(Behavior[P], Generic[P, R]):
         return f"Request({self.kind!r}, {_name(self.payload)}, reply={_name(self.reply)})"
 
     @functools.cached_property
-    def reply_decoder(self) -> msgspec.msgpack.Decoder[R]:
+    def reply_decoder(self) -> msgspec.msgpack.Decoder[R_co]:
         """What decodes its reply, checking every field."""
         require_portable(self.reply)
         return msgspec.msgpack.Decoder(self.reply)

@@ -151,5 +151,5 @@ def to_error(failure: Failure, node: str, kind: str) -> MeshkitError:
                 code=failure.code,
                 retryable=failure.retryable,
                 detail=failure.detail,
-                correlation_id=failure.id,
+                correlation_id=failure.id if failure.code == "internal" else "",  # what is rejected is not logged
             )

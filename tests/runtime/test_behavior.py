@@ -181,6 +181,12 @@ def test_a_reject_needs_a_code(code: Any) -> None:
         Reject(code)
 
 
+@pytest.mark.parametrize("code", ["internal", "bad_reply"])
+def test_a_reject_cannot_pass_for_an_accident(code: str) -> None:
+    with pytest.raises(ValueError, match=f"the code of a Reject cannot be '{code}', which says that nobody chose"):
+        Reject(code)
+
+
 def test_a_reject_pickles() -> None:
     copied = pickle.loads(pickle.dumps(Reject("quota", "too much", retryable=True)))
     assert (copied.code, copied.detail, copied.retryable) == ("quota", "too much", True)

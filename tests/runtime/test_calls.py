@@ -142,6 +142,7 @@ async def test_a_handler_can_fail_with_a_code(to: str) -> None:
         error = await error_of(alice.call(ODD, "reject", to=to), RemoteError)
         assert (error.code, error.detail, error.retryable, error.executed) == ("quota", "too much", True, "yes")
         assert alice.logged + bob.logged == "", "it was said on purpose"
+        assert error.correlation_id == "", "so there is nothing to look for"
 
 
 @pytest.mark.parametrize(
