@@ -399,7 +399,7 @@ class CircuitBreaker(Guard):
             blocks.count += 1
         else:
             lease = self._circuit.free or self._admit()
-            blocks.enter(lease, asyncio.current_task(), shared=lease is self._circuit.free)
+            blocks.enter(lease, _current_task(), shared=lease is self._circuit.free)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
@@ -413,7 +413,7 @@ class CircuitBreaker(Guard):
             blocks.count -= 1
             lease = self._circuit.generation
         else:
-            lease = blocks.leave(asyncio.current_task(), self._circuit.generation)
+            lease = blocks.leave(_current_task(), self._circuit.generation)
             if lease is None:
                 return  # a stray: what came of it changes nothing
         if error is not None:
@@ -487,3 +487,10 @@ class CircuitBreaker(Guard):
             before, self._mode = self._mode, circuit.mode
             retry_after = circuit.retry_after(self._clock.now())
             notify(self._observer, CircuitChanged(self._name, before, circuit.mode, retry_after))
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # there is no loop: somebody drives the coroutine by hand
+        return None

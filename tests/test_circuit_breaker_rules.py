@@ -1,12 +1,15 @@
 """What counts as a failure (`trips_on`), and when there are too many (`FailureRate`)."""
 
 import asyncio
+import doctest
+from types import ModuleType
 from typing import Any
 
 import anyio
 import pytest
 from hypothesis import given, strategies as st
 
+from meshkit import _blocks, _generations, _trip_rule
 from meshkit._blocks import Blocks
 from meshkit._generations import Window
 from meshkit.circuit_breaker import CircuitBreaker, FailureRate, State
@@ -46,6 +49,12 @@ async def count(trips_on: Any, error: BaseException) -> bool:
     with pytest.raises(type(error)):
         await breaker.call(fails)
     return seen(breaker) is State.OPEN
+
+
+@pytest.mark.parametrize("part", [_blocks, _generations, _trip_rule])
+def test_the_examples_of_the_inner_parts_run(part: ModuleType) -> None:
+    failed, attempted = doctest.testmod(part)
+    assert (failed, attempted > 0) == (0, True)
 
 
 # --- trips_on ----------------------------------------------------------------------------------------------

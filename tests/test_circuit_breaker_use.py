@@ -113,6 +113,19 @@ async def test_a_block_may_be_left_by_another_task_as_an_async_generator_is() ->
     assert breaker.stats().in_flight == 0
 
 
+def test_blocks_need_no_loop() -> None:
+    breaker = CircuitBreaker(FailureRate(slow_call=60.0))  # its blocks are told apart by their tasks
+
+    async def block() -> str:
+        async with breaker:
+            return "done"
+
+    with pytest.raises(StopIteration) as stopped:
+        block().send(None)
+    assert stopped.value.value == "done"
+    assert (breaker.stats().calls, breaker.stats().in_flight) == (1, 0)
+
+
 # --- by hand -----------------------------------------------------------------------------------------------
 
 
