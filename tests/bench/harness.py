@@ -3,7 +3,9 @@
 A benchmark module is `tests/bench/bench_<utility>.py` with a function `measures()` that returns a list of
 `Compare` and `Fact`. A round is a function that does the operation `n` times (plain or async); the loop is written
 inside it, so that nothing but the operation is measured. What is measured is the processor time of the thread: on a
-shared machine the clock on the wall mostly tells what others do. `python -m tests.bench [name ...] [--quick]` runs them.
+shared machine the clock on the wall mostly tells what others do.
+
+`python -m tests.bench [name ...] [--quick]` runs them.
 """
 
 import asyncio

@@ -1,0 +1,341 @@
+"""DedupCache: remembers for a while what it has seen, so that a thing is done once.
+
+>>> cache = DedupCache(ttl=60.0)
+>>> cache.check("message 1"), cache.check("message 1")
+(True, False)
+>>> import asyncio
+>>> async def charge(cents):
+...     print("charging", cents)
+...     return f"receipt for {cents}"
+>>> async def main():
+...     return await asyncio.gather(cache.once("order 7", charge, 500), cache.once("order 7", charge, 500))
+>>> asyncio.run(main())
+charging 500
+['receipt for 500', 'receipt for 500']
+"""
+
+import asyncio
+import heapq
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from meshkit import _check
+from meshkit._time import Clock
+from meshkit.events import Event, Observer, notify
+
+__all__ = ["DedupCache", "DedupStats", "KeyEvicted", "SeenKeys"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyEvicted(Event):
+    """A key was forgotten before its time, to make room for a new one."""
+
+    name: str
+    key: object
+
+
+@dataclass(frozen=True, slots=True)
+class DedupStats:
+    """Keys remembered and calls of `once` in flight now; duplicates and evictions before expiry since it was made."""
+
+    keys: int
+    in_flight: int
+    duplicates: int
+    evicted: int
+
+
+class SeenKeys(Generic[K]):
+    """The core: which keys were seen, until when that counts, and in which order they were seen first.
+
+    The keys lie in many small dicts, by hash, each in order of insertion: one dict of a million keys would pause for 24
+    ms when it grows, and each look for its oldest key would pass all those deleted before it. A heap of the dicts, by
+    the expiry of their first key, finds the oldest key of all. A key costs no object but the float of its expiry, so
+    the garbage collector has nothing to visit.
+
+    Cost: O(1) for a key that is there, amortised O(log(max_keys / 16,000)) for a new one; about 50 bytes per key.
+    """
+
+    PER_DICT = 16_384
+    SWEEP = 256
+    """How many expired keys one call forgets at most."""
+
+    def __init__(self, *, ttl: float, max_keys: int) -> None:
+        self.ttl = ttl
+        self.max_keys = max_keys
+        self.count = 0
+        # An odd number of them, lest keys that are multiples of 64 share one.
+        self._parts = max_keys // self.PER_DICT | 1
+        self._dicts: list[dict[K, float]] = [{} for _ in range(self._parts)]
+        self._heap: list[tuple[float, int]] = []  # each dict that holds keys, under an expiry not after its first
+        self._in_heap = bytearray(self._parts)
+        self._latest = 0.0
+
+    def expiry(self, key: K, now: float) -> float | None:
+        """Return until when `key` counts as seen, the very object that `add` was given; None if it does not."""
+        expiry = self._dicts[hash(key) % self._parts].get(key)
+        # More than the ttl away, it was set by another clock: that of a loop that ran before this one.
+        return expiry if expiry is not None and now < expiry <= now + self.ttl else None
+
+    def check(self, key: K, now: float) -> bool:
+        """Return False if `key` counts as seen; else remember it from now on for the ttl, and return True."""
+        index = hash(key) % self._parts
+        home = self._dicts[index]
+        expiry = home.get(key)
+        until = now + self.ttl
+        if expiry is None:
+            self.count += 1
+        elif now < expiry <= until:
+            return False
+        else:
+            del home[key]  # so that it comes last in order
+        home[key] = until
+        if not self._in_heap[index]:
+            self._in_heap[index] = True
+            heapq.heappush(self._heap, (until, index))
+        if now < self._latest or self._heap[0][0] <= now:
+            self._tidy(key, now)
+        self._latest = now
+        return True
+
+    def add(self, key: K, now: float, expiry: float) -> None:
+        """Remember `key` anew; `expiry` is an object of your own for now + ttl, which `expiry()` then returns."""
+        self.forget(key)
+        self.check(key, now)
+        self._dicts[hash(key) % self._parts][key] = expiry
+
+    def evict(self) -> K:
+        """Forget the oldest key, and return it."""
+        key = next(iter(self._oldest_dict() or {}))
+        self.forget(key)
+        return key
+
+    def forget(self, key: K) -> None:
+        """Forget `key`, if it is there."""
+        home = self._dicts[hash(key) % self._parts]
+        if key in home:
+            del home[key]
+            self.count -= 1
+
+    def sweep(self, now: float, limit: int) -> int:
+        """Forget up to `limit` expired keys, the oldest first; return how many there were."""
+        found = 0
+        while found < limit and (home := self._oldest_dict()) is not None:
+            expired = [key for key, expiry in islice(home.items(), limit - found) if expiry <= now]
+            if not expired:
+                break
+            for key in expired:
+                del home[key]
+            found += len(expired)
+            self.count -= len(expired)
+        return found
+
+    def _tidy(self, key: K, now: float) -> None:
+        if now >= self._latest:
+            self.sweep(now, self.SWEEP)
+            return
+        # A clock that goes back is another one, to which all expiries but this one mean nothing.
+        for home in self._dicts:
+            home.clear()
+        self._heap.clear()
+        self._in_heap = bytearray(self._parts)
+        self.count = 0
+        self._latest = now
+        self.check(key, now)
+
+    def _oldest_dict(self) -> dict[K, float] | None:
+        """Return the dict with the oldest key of all, None if there is no key."""
+        while self._heap:
+            noted, index = self._heap[0]
+            home = self._dicts[index]
+            if not home:
+                heapq.heappop(self._heap)
+                self._in_heap[index] = False
+            elif (first := next(iter(home.values()))) > noted:
+                heapq.heapreplace(self._heap, (float(first), index))
+            else:
+                return home
+        return None
+
+
+class _Done(float):
+    """The expiry of a key whose `once` is done, with its result."""
+
+    result: Any
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """How a shared run ended. Not a future's exception, which would complain if nobody is left to take it."""
+
+    result: Any = None
+    error: Exception | None = None
+
+
+class _Flight:
+    """A run of `once` that others wait for. What they are given is its outcome; None says: you run it now."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.waiting: OrderedDict[asyncio.Future[_Outcome | None], None] = OrderedDict()
+
+
+class DedupCache(Generic[K]):
+    """Remembers keys for `ttl` seconds: `check(key)` is true the first time, and `await once(key, fn)` runs fn once.
+
+    A key expires `ttl` seconds after it was seen first; a duplicate does not prolong that. At `max_keys` the oldest key
+    goes before its time, which is counted (`stats().evicted`) and told to the observer: then the ttl is no longer kept,
+    so let `max_keys` be more than the keys that come within it.
+
+    `check` and `once` share one memory; use one of them for a key. Any number of tasks of one loop may use it. When the
+    clock goes back, because the next loop has another, everything is forgotten.
+
+    Cost: `check` is amortised O(1), without pauses at any size. About 50 bytes per key, and the key.
+    """
+
+    def __init__(
+        self, *, ttl: float, max_keys: int = 100_000, name: str = "dedup", observer: Observer | None = None
+    ) -> None:
+        self._keys: SeenKeys[K] = SeenKeys(ttl=_check.duration("ttl", ttl), max_keys=_check.count("max_keys", max_keys))
+        self._name = name
+        self._observer = observer
+        self._now = Clock().now
+        self._flights: dict[K, _Flight] = {}
+        self._duplicates = self._evicted = 0
+
+    def __len__(self) -> int:
+        """Return how many keys are remembered, expired ones included that are not swept yet."""
+        return self._keys.count
+
+    def __repr__(self) -> str:
+        keys = self._keys
+        return f"DedupCache({self._name!r}, ttl={keys.ttl:g}, max_keys={keys.max_keys}, keys={len(self)})"
+
+    def check(self, key: K) -> bool:
+        """Return True and remember `key`, if it was not seen within the ttl; False for a duplicate."""
+        keys = self._keys
+        if (self._flights and self._in_flight(key)) or not keys.check(key, self._now()):
+            self._duplicates += 1
+            return False
+        if keys.count > keys.max_keys:
+            self._evict()
+        return True
+
+    def seen(self, key: K) -> bool:
+        """Return whether `key` was seen within the ttl, or is in flight in `once`. Changes nothing."""
+        return self._keys.expiry(key, self._now()) is not None or self._in_flight(key)
+
+    def mark(self, key: K) -> None:
+        """Remember `key`. One that is remembered already keeps its time, and its result."""
+        keys = self._keys
+        if keys.check(key, self._now()) and keys.count > keys.max_keys:
+            self._evict()
+
+    def forget(self, key: K) -> None:
+        """Forget `key`, and the result that `once` had for it; the next time is a first time again."""
+        self._keys.forget(key)
+
+    def cleanup(self) -> int:
+        """Forget every expired key now, and return how many. Never needed: each new key takes some expired ones along.
+
+        Cost: O(expired keys).
+        """
+        return self._keys.sweep(self._now(), len(self))
+
+    def stats(self) -> DedupStats:
+        """Return what is remembered, and the totals."""
+        return DedupStats(len(self), len(self._flights), self._duplicates, self._evicted)
+
+    async def once(self, key: K, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `fn(*args, **kwargs)` for the first call with `key`; return its result to all calls within the ttl.
+
+        Calls that come while it runs wait for it. If it fails, its error goes to all of them, and the key is free
+        again. If the caller that runs it is cancelled, the next that waits runs it anew. The ttl begins when it is
+        done. `fn` must not call `once` with the same key: it would wait for itself.
+
+        Raises:
+            RuntimeError: `key` was seen by `check` or `mark`, so there is no result to return.
+            Exception: What `fn` raised.
+        """
+        if self._in_flight(key):
+            self._duplicates += 1
+            outcome = await self._wait(key)
+            if outcome is not None:
+                if outcome.error is not None:
+                    raise outcome.error
+                shared: T = outcome.result
+                return shared
+        else:
+            expiry = self._keys.expiry(key, self._now())
+            if expiry is not None:
+                self._duplicates += 1
+                remembered: T = self._result(key, expiry)
+                return remembered
+            self._flights[key] = _Flight()
+        try:
+            result = await fn(*args, **kwargs)
+        except Exception as error:
+            self._land(key, _Outcome(error=error))
+            raise
+        except BaseException:
+            self._hand_over(key)
+            raise
+        now = self._now()
+        done = _Done(now + self._keys.ttl)
+        done.result = result
+        self._keys.add(key, now, done)
+        self._land(key, _Outcome(result))
+        if self._keys.count > self._keys.max_keys:
+            self._evict()
+        return result
+
+    def _evict(self) -> None:
+        self._evicted += 1
+        notify(self._observer, KeyEvicted(self._name, self._keys.evict()))
+
+    def _result(self, key: K, expiry: float) -> Any:
+        if isinstance(expiry, _Done):
+            return expiry.result
+        raise RuntimeError(
+            f"{self._name}: {key!r} was seen by check() or mark(), so there is no result: use them, or once(), for it"
+        )
+
+    def _in_flight(self, key: K) -> bool:
+        flight = self._flights.get(key)
+        if flight is not None and flight.loop.is_closed():
+            del self._flights[key]  # the loop of the one that ran it is gone, and so is the run
+            return False
+        return flight is not None
+
+    async def _wait(self, key: K) -> _Outcome | None:
+        turn: asyncio.Future[_Outcome | None] = asyncio.get_running_loop().create_future()
+        waiting = self._flights[key].waiting
+        waiting[turn] = None
+        try:
+            return await turn
+        except BaseException:
+            waiting.pop(turn, None)
+            if turn.done() and not turn.cancelled() and turn.result() is None:
+                self._hand_over(key)  # it was this one's turn to run it
+            raise
+
+    def _hand_over(self, key: K) -> None:
+        """Let the next who waits run it; when nobody waits, the key is free again."""
+        waiting = self._flights[key].waiting
+        while waiting:
+            turn, _ = waiting.popitem(last=False)
+            if not turn.done() and not turn.get_loop().is_closed():
+                turn.set_result(None)
+                return
+        del self._flights[key]
+
+    def _land(self, key: K, outcome: _Outcome) -> None:
+        for turn in self._flights.pop(key).waiting:
+            if not turn.done() and not turn.get_loop().is_closed():
+                turn.set_result(outcome)
