@@ -38,6 +38,20 @@ if TYPE_CHECKING:
         FailureRate as FailureRate,
         State as State,
     )
+    from meshkit.consensus import (
+        ConsensusHelper as ConsensusHelper,
+        Outcome as Outcome,
+        majority as majority,
+        median as median,
+        plurality as plurality,
+        trimmed_mean as trimmed_mean,
+    )
+    from meshkit.dedup import (
+        DedupCache as DedupCache,
+        DedupStats as DedupStats,
+        KeyEvicted as KeyEvicted,
+        SeenKeys as SeenKeys,
+    )
     from meshkit.encryptor import Encryptor as Encryptor, Sealed as Sealed
     from meshkit.errors import (
         BadSeal as BadSeal,
@@ -161,6 +175,8 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
             "bulkhead": ["Bulkhead", "BulkheadRefused", "BulkheadStats", "BulkheadWaited", "Slots"],
             "call_registry": ["CallEnded", "CallRegistry", "CallRegistryStats", "PendingCalls", "ReplyIgnored"],
             "circuit_breaker": ["Circuit", "CircuitBreaker", "CircuitChanged", "CircuitStats", "FailureRate", "State"],
+            "consensus": ["ConsensusHelper", "Outcome", "majority", "median", "plurality", "trimmed_mean"],
+            "dedup": ["DedupCache", "DedupStats", "KeyEvicted", "SeenKeys"],
             "encryptor": ["Encryptor", "Sealed"],
             "hedger": ["HedgeStarted", "HedgeWon", "Hedger"],
             "logger": ["EventFormatter", "LogEntry", "LogLevel", "Logger", "LoggerStats", "ServiceLog"],
