@@ -20,7 +20,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from meshkit import _check
 from meshkit._time import Clock
@@ -30,7 +30,6 @@ __all__ = ["DedupCache", "DedupStats", "KeyEvicted", "SeenKeys"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
-K = TypeVar("K", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class DedupStats:
     evicted: int
 
 
-class SeenKeys(Generic[K]):
+class SeenKeys:
     """The core: which keys were seen, until when that counts, and in which order they were seen first.
 
     The keys lie in many small dicts, by hash, each in order of insertion: one dict of a million keys would pause for 24
@@ -72,18 +71,18 @@ class SeenKeys(Generic[K]):
         self.count = 0
         # An odd number of them, lest keys that are multiples of 64 share one.
         self._parts = max_keys // self.PER_DICT | 1
-        self._dicts: list[dict[K, float]] = [{} for _ in range(self._parts)]
+        self._dicts: list[dict[Hashable, float]] = [{} for _ in range(self._parts)]
         self._heap: list[tuple[float, int]] = []  # each dict that holds keys, under an expiry not after its first
         self._in_heap = bytearray(self._parts)
         self._latest = 0.0
 
-    def expiry(self, key: K, now: float) -> float | None:
+    def expiry(self, key: Hashable, now: float) -> float | None:
         """Return until when `key` counts as seen, the very object that `add` was given; None if it does not."""
         expiry = self._dicts[hash(key) % self._parts].get(key)
         # More than the ttl away, it was set by another clock: that of a loop that ran before this one.
         return expiry if expiry is not None and now < expiry <= now + self.ttl else None
 
-    def check(self, key: K, now: float) -> bool:
+    def check(self, key: Hashable, now: float) -> bool:
         """Return False if `key` counts as seen; else remember it from now on for the ttl, and return True."""
         index = hash(key) % self._parts
         home = self._dicts[index]
@@ -104,19 +103,19 @@ class SeenKeys(Generic[K]):
         self._latest = now
         return True
 
-    def add(self, key: K, now: float, expiry: float) -> None:
+    def add(self, key: Hashable, now: float, expiry: float) -> None:
         """Remember `key` anew; `expiry` is an object of your own for now + ttl, which `expiry()` then returns."""
         self.forget(key)
         self.check(key, now)
         self._dicts[hash(key) % self._parts][key] = expiry
 
-    def evict(self) -> K:
+    def evict(self) -> Hashable:
         """Forget the oldest key, and return it."""
         key = next(iter(self._oldest_dict() or {}))
         self.forget(key)
         return key
 
-    def forget(self, key: K) -> None:
+    def forget(self, key: Hashable) -> None:
         """Forget `key`, if it is there."""
         home = self._dicts[hash(key) % self._parts]
         if key in home:
@@ -136,7 +135,7 @@ class SeenKeys(Generic[K]):
             self.count -= len(expired)
         return found
 
-    def _tidy(self, key: K, now: float) -> None:
+    def _tidy(self, key: Hashable, now: float) -> None:
         if now >= self._latest:
             self.sweep(now, self.SWEEP)
             return
@@ -149,7 +148,7 @@ class SeenKeys(Generic[K]):
         self._latest = now
         self.check(key, now)
 
-    def _oldest_dict(self) -> dict[K, float] | None:
+    def _oldest_dict(self) -> dict[Hashable, float] | None:
         """Return the dict with the oldest key of all, None if there is no key."""
         while self._heap:
             noted, index = self._heap[0]
@@ -186,7 +185,7 @@ class _Flight:
         self.waiting: OrderedDict[asyncio.Future[_Outcome | None], None] = OrderedDict()
 
 
-class DedupCache(Generic[K]):
+class DedupCache:
     """Remembers keys for `ttl` seconds: `check(key)` is true the first time, and `await once(key, fn)` runs fn once.
 
     A key expires `ttl` seconds after it was seen first; a duplicate does not prolong that. At `max_keys` the oldest key
@@ -202,11 +201,11 @@ class DedupCache(Generic[K]):
     def __init__(
         self, *, ttl: float, max_keys: int = 100_000, name: str = "dedup", observer: Observer | None = None
     ) -> None:
-        self._keys: SeenKeys[K] = SeenKeys(ttl=_check.duration("ttl", ttl), max_keys=_check.count("max_keys", max_keys))
+        self._keys = SeenKeys(ttl=_check.duration("ttl", ttl), max_keys=_check.count("max_keys", max_keys))
         self._name = name
         self._observer = observer
         self._now = Clock().now
-        self._flights: dict[K, _Flight] = {}
+        self._flights: dict[Hashable, _Flight] = {}
         self._duplicates = self._evicted = 0
 
     def __len__(self) -> int:
@@ -217,7 +216,7 @@ class DedupCache(Generic[K]):
         keys = self._keys
         return f"DedupCache({self._name!r}, ttl={keys.ttl:g}, max_keys={keys.max_keys}, keys={len(self)})"
 
-    def check(self, key: K) -> bool:
+    def check(self, key: Hashable) -> bool:
         """Return True and remember `key`, if it was not seen within the ttl; False for a duplicate."""
         keys = self._keys
         if (self._flights and self._in_flight(key)) or not keys.check(key, self._now()):
@@ -227,17 +226,17 @@ class DedupCache(Generic[K]):
             self._evict()
         return True
 
-    def seen(self, key: K) -> bool:
+    def seen(self, key: Hashable) -> bool:
         """Return whether `key` was seen within the ttl, or is in flight in `once`. Changes nothing."""
         return self._keys.expiry(key, self._now()) is not None or self._in_flight(key)
 
-    def mark(self, key: K) -> None:
+    def mark(self, key: Hashable) -> None:
         """Remember `key`. One that is remembered already keeps its time, and its result."""
         keys = self._keys
         if keys.check(key, self._now()) and keys.count > keys.max_keys:
             self._evict()
 
-    def forget(self, key: K) -> None:
+    def forget(self, key: Hashable) -> None:
         """Forget `key`, and the result that `once` had for it; the next time is a first time again."""
         self._keys.forget(key)
 
@@ -252,7 +251,7 @@ class DedupCache(Generic[K]):
         """Return what is remembered, and the totals."""
         return DedupStats(len(self), len(self._flights), self._duplicates, self._evicted)
 
-    async def once(self, key: K, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def once(self, key: Hashable, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `fn(*args, **kwargs)` for the first call with `key`; return its result to all calls within the ttl.
 
         Calls that come while it runs wait for it. If it fails, its error goes to all of them, and the key is free
@@ -299,21 +298,21 @@ class DedupCache(Generic[K]):
         self._evicted += 1
         notify(self._observer, KeyEvicted(self._name, self._keys.evict()))
 
-    def _result(self, key: K, expiry: float) -> Any:
+    def _result(self, key: Hashable, expiry: float) -> Any:
         if isinstance(expiry, _Done):
             return expiry.result
         raise RuntimeError(
             f"{self._name}: {key!r} was seen by check() or mark(), so there is no result: use them, or once(), for it"
         )
 
-    def _in_flight(self, key: K) -> bool:
+    def _in_flight(self, key: Hashable) -> bool:
         flight = self._flights.get(key)
         if flight is not None and flight.loop.is_closed():
             del self._flights[key]  # the loop of the one that ran it is gone, and so is the run
             return False
         return flight is not None
 
-    async def _wait(self, key: K) -> _Outcome | None:
+    async def _wait(self, key: Hashable) -> _Outcome | None:
         turn: asyncio.Future[_Outcome | None] = asyncio.get_running_loop().create_future()
         waiting = self._flights[key].waiting
         waiting[turn] = None
@@ -325,7 +324,7 @@ class DedupCache(Generic[K]):
                 self._hand_over(key)  # it was this one's turn to run it
             raise
 
-    def _hand_over(self, key: K) -> None:
+    def _hand_over(self, key: Hashable) -> None:
         """Let the next who waits run it; when nobody waits, the key is free again."""
         waiting = self._flights[key].waiting
         while waiting:
@@ -335,7 +334,7 @@ class DedupCache(Generic[K]):
                 return
         del self._flights[key]
 
-    def _land(self, key: K, outcome: _Outcome) -> None:
+    def _land(self, key: Hashable, outcome: _Outcome) -> None:
         for turn in self._flights.pop(key).waiting:
             if not turn.done() and not turn.get_loop().is_closed():
                 turn.set_result(outcome)

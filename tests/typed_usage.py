@@ -1,6 +1,6 @@
 """Usage that must type-check, and infer exactly. mypy and pyright read this file; nothing runs it."""
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine
 from typing import Any, assert_type
 
 import msgspec
@@ -70,12 +70,12 @@ async def fetch(url: str, *, retries: int = 0) -> bytes:
     return f"{url}{retries}".encode()
 
 
-def every_guard_keeps_the_signature(guards: Sequence[Guard]) -> None:
+def every_guard_keeps_the_signature(guard: Guard) -> None:
     retrier = Retrier(RetryPolicy(), on=ConnectionError)
-    for guard in (*guards, retrier, CircuitBreaker(), Timeout(1.0), Bulkhead(max_concurrent=1), Hedger(delay=1.0)):
-        assert_type(guard(fetch).__name__ if False else "", str)
-    guarded = stack(retrier, CircuitBreaker(), Timeout(1.0))(fetch)
-    _called: Callable[..., Coroutine[Any, Any, bytes]] = guarded
+    for one in (guard, retrier, CircuitBreaker(), Timeout(1.0), Bulkhead(1), Hedger(delay=1.0), stack(retrier)):
+        guarded = one(fetch)
+        good: Coroutine[Any, Any, bytes] = guarded("url", retries=3)
+        good.close()
 
 
 async def calls_through_guards_infer_arguments_and_results() -> None:

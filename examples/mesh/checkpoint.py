@@ -24,11 +24,11 @@ class Checkpoint(Service):
     def __init__(self, voters: list[str], *, off_by: int = 1) -> None:
         self.voters = voters
         self.off_by = off_by  # how many times too high this node counts: 1 is right
-        self.restarts: dict[str, ConsensusHelper[int, int]] = {}
-        self.uptime: dict[str, ConsensusHelper[int, int]] = {}
+        self.restarts: dict[str, ConsensusHelper[int]] = {}
+        self.uptime: dict[str, ConsensusHelper[int]] = {}
         self.decided: dict[str, tuple[int, int]] = {}
 
-    def helper(self, of: dict[str, ConsensusHelper[int, int]], subject: str) -> ConsensusHelper[int, int]:
+    def helper(self, of: dict[str, ConsensusHelper[int]], subject: str) -> ConsensusHelper[int]:
         """Return what counts the votes about `subject`; a decision takes the votes of all who may vote."""
         if subject not in of:
             of[subject] = ConsensusHelper(threshold=len(self.voters), aggregator=trimmed_mean, voters=self.voters)

@@ -70,7 +70,7 @@ class Stash(Service):
         self.healed = 0
         self.storing = RateLimiter(max_count=200, window=1.0, name="parts per owner")
         self.recalling = RateLimiter(max_count=200, window=1.0, name="recalls per owner")
-        self.breakers = PerKey(
+        self.breakers: PerKey[str, CircuitBreaker] = PerKey(
             lambda peer: CircuitBreaker(
                 failure_threshold=2,
                 reset_timeout=5.0,

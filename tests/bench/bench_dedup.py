@@ -21,13 +21,13 @@ def measures() -> list[Measure]:
                 expiries[key] = now + TTL
 
     def ours_new(n: int) -> None:
-        cache: DedupCache[str] = DedupCache(ttl=TTL, max_keys=1_000_000)
+        cache = DedupCache(ttl=TTL, max_keys=1_000_000)
         check = cache.check
         for key in keys[:n]:
             check(key)
 
     full: dict[str, float] = {}
-    cache: DedupCache[str] = DedupCache(ttl=TTL, max_keys=1_000_000)
+    cache = DedupCache(ttl=TTL, max_keys=1_000_000)
 
     def fill(n: int) -> None:
         if not full:
@@ -52,7 +52,7 @@ def measures() -> list[Measure]:
 
     def bytes_per_key(n: int) -> float:
         def remember(count: int) -> object:
-            filled: DedupCache[str] = DedupCache(ttl=TTL, max_keys=count)
+            filled = DedupCache(ttl=TTL, max_keys=count)
             for key in keys[:count]:
                 filled.mark(key)
             return filled
@@ -60,7 +60,7 @@ def measures() -> list[Measure]:
         return bytes_each(remember, n)
 
     def pause(n: int) -> float:
-        filled: DedupCache[str] = DedupCache(ttl=TTL, max_keys=n)
+        filled = DedupCache(ttl=TTL, max_keys=n)
         return slowest(lambda i: filled.check(keys[i]), n)
 
     def pause_of_a_dict(n: int) -> float:
@@ -68,7 +68,7 @@ def measures() -> list[Measure]:
         return slowest(lambda i: expiries.setdefault(keys[i], 0.0 + i), n)
 
     def pause_when_full(n: int) -> float:
-        filled: DedupCache[str] = DedupCache(ttl=TTL, max_keys=max(1, n // 4))
+        filled = DedupCache(ttl=TTL, max_keys=max(1, n // 4))
         return slowest(lambda i: filled.check(keys[i]), n)
 
     return [
