@@ -177,7 +177,7 @@ class Window(_Rate):
         super().__init__(threshold, minimum_calls, slow_call)
         self._width = window / 10
         self._tenth = self._start = self._end = -math.inf  # the one that is being counted
-        self._past: deque[tuple[float, int, int]] = deque()  # the nine before: tenth, calls, failures
+        self._past: list[tuple[float, int, int]] = []  # the nine before: tenth, calls, failures
         self._before = (0, 0)  # their sums
 
     def record(self, failed: bool | None, now: float) -> bool:
@@ -198,7 +198,7 @@ class Window(_Rate):
         self._past.append((self._tenth, self.calls - calls, self.failures - failures))
         gone = tenth - 10 if tenth > self._tenth else math.inf  # the clock went back (another loop): all is gone
         while self._past and self._past[0][0] <= gone:
-            _, calls, failures = self._past.popleft()
+            _, calls, failures = self._past.pop(0)
             self.calls -= calls
             self.failures -= failures
         self._before = (self.calls, self.failures)

@@ -1,10 +1,10 @@
 """Which exceptions count as failures of what a circuit breaker guards: what `trips_on` says.
 
 >>> from meshkit.errors import RateLimited, Unreachable
->>> counts = trip_rule(Exception)
->>> counts(ConnectionError()), counts(Unreachable(node="bob"))
+>>> rule = TripRule(Exception)
+>>> rule.counts(ConnectionError()), rule.counts(Unreachable(node="bob"))
 (True, False)
->>> trip_rule((OSError, Unreachable))(Unreachable(node="bob"))
+>>> TripRule((OSError, Unreachable)).counts(Unreachable(node="bob"))
 True
 """
 
@@ -15,32 +15,35 @@ from typing import Any, TypeAlias, cast
 from meshkit.errors import Refused
 from meshkit.events import report
 
-__all__ = ["TripsOn", "trip_rule"]
+__all__ = ["TripRule", "TripsOn"]
 
 TripsOn: TypeAlias = type[Exception] | tuple[type[Exception], ...] | Callable[[Exception], bool]
 """What counts as a failure: a class, several, or a predicate."""
 
 
-def trip_rule(trips_on: TripsOn) -> Callable[[Exception], bool]:
-    """Return a function that tells of an exception whether it counts; `CircuitBreaker` documents the rules."""
-    classes, predicate = _checked(trips_on)
-    named = tuple(c for c in classes if issubclass(c, Refused))
+class TripRule:
+    """Judges exceptions for the CircuitBreaker, whose documentation has the rules."""
 
-    def counts(error: Exception) -> bool:
+    __slots__ = ("_classes", "_named", "_predicate")
+
+    def __init__(self, trips_on: TripsOn) -> None:
+        self._classes, self._predicate = _checked(trips_on)
+        self._named = tuple(c for c in self._classes if issubclass(c, Refused))
+
+    def counts(self, error: Exception) -> bool:
+        """Return whether `error` is a failure of the other side."""
         if isinstance(error, ExceptionGroup):
             members: tuple[Exception, ...] = cast("Any", error).exceptions
-            return any(map(counts, members))
+            return any(map(self.counts, members))
         if isinstance(error, Refused):
-            return isinstance(error, named)
-        if predicate is None:
-            return isinstance(error, classes)
+            return isinstance(error, self._named)
+        if self._predicate is None:
+            return isinstance(error, self._classes)
         try:
-            return bool(predicate(error))
+            return bool(self._predicate(error))
         except Exception as failure:  # noqa: BLE001 - it must not mask the error that it was asked about
-            report(failure, f"the predicate `trips_on` failed on {type(error).__name__}, which counts", predicate)
+            report(failure, f"the predicate `trips_on` failed on {type(error).__name__}, which counts", self._predicate)
             return True
-
-    return counts
 
 
 def _checked(trips_on: Any) -> tuple[tuple[type[Exception], ...], Callable[[Exception], bool] | None]:

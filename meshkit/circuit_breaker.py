@@ -31,7 +31,6 @@ import enum
 import functools
 import math
 import sys
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from types import TracebackType
@@ -41,7 +40,7 @@ from meshkit import _check
 from meshkit._blocks import Blocks
 from meshkit._generations import Generation, LastCalls, Lease, Probation, Streak, Window
 from meshkit._time import Clock
-from meshkit._trip_rule import TripsOn, trip_rule
+from meshkit._trip_rule import TripRule, TripsOn
 from meshkit.errors import CircuitOpen
 from meshkit.events import Event, Observer, notify
 from meshkit.guard import Guard, require_async
@@ -299,11 +298,11 @@ class CircuitBreaker(Guard):
             half_open_max=half_open_max,
         )
         self._settings = f"{failure_threshold=!r}, {reset_timeout=!r}"
-        self._counts = trip_rule(trips_on)
+        self._rule = TripRule(trips_on)
         self._name = name
         self._observer = observer
         self._refused = 0
-        self._manual: deque[Lease] = deque()
+        self._manual: list[Lease] = []  # the oldest first
         self._clock = Clock()
         self._blocks: Blocks[Lease] = Blocks()
         self._turn, self._mode = 0, self._circuit.mode
@@ -451,7 +450,7 @@ class CircuitBreaker(Guard):
         self._record(None)
 
     def _record(self, failed: bool | None) -> None:
-        self._end(self._manual.popleft() if self._manual else self._circuit.generation, failed)
+        self._end(self._manual.pop(0) if self._manual else self._circuit.generation, failed)
 
     def _admit(self) -> Lease:
         circuit, moment = self._circuit, self._clock.now()
@@ -466,7 +465,7 @@ class CircuitBreaker(Guard):
 
     def _verdict(self, error: BaseException) -> bool | None:
         """Return whether `error` is a failure; None if it says nothing about the other side."""
-        return True if isinstance(error, Exception) and self._counts(error) else None
+        return True if isinstance(error, Exception) and self._rule.counts(error) else None
 
     def _end(self, lease: Lease, failed: bool | None) -> None:
         if self._circuit.end(lease, failed, self._clock.now()):
