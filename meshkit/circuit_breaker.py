@@ -141,8 +141,8 @@ class Circuit:
             if self._longest < self._reset_timeout:
                 raise ValueError(f"{max_reset_timeout=!r} is less than {reset_timeout=!r}")
         self._half_open_max = _check.count("half_open_max", half_open_max)
-        self._break = self._reset_timeout  # how long the next one lasts
-        self._opened_at = self._until = 0.0  # the last break
+        self._break: float  # how long the next one lasts
+        self._opened_at = self._until = 0.0  # the last one
         self.opened = self.turn = 0  # how often it opened, and how often a generation began
         self.reset()
 

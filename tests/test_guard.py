@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, ParamSpec, TypeVar
 
+import anyio
 import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -17,6 +18,7 @@ from meshkit.circuit_breaker import CircuitBreaker, FailureRate, State
 from meshkit.errors import BulkheadFull, CallTimeout, CircuitOpen, RateLimited, TooManyKeys
 from meshkit.guard import Guard, PerKey, Stack, stack
 from meshkit.hedger import Hedger
+from meshkit.rate_limiter import RateLimiter
 from meshkit.retrier import Retrier, RetryPolicy
 from meshkit.timeout import Timeout
 
@@ -51,6 +53,7 @@ async def greet(name: str, /, *, loud: bool = False) -> str:
     return f"HELLO {name}" if loud else f"hello {name}"
 
 
+LIMITER = RateLimiter(max_count=100, window=1.0)
 GUARDS: list[Callable[[], Guard]] = [
     lambda: Tag("x"),
     CircuitBreaker,
@@ -60,6 +63,8 @@ GUARDS: list[Callable[[], Guard]] = [
     retrier,
     lambda: Timeout(1.0),
     lambda: Hedger(delay=1.0),
+    lambda: RateLimiter(max_count=5, window=1.0),
+    lambda: RateLimiter(max_count=5, window=1.0).for_key("bob"),
 ]
 
 
@@ -223,7 +228,7 @@ def test_orders_that_make_no_sense_are_refused_with_a_reason(guards: Callable[[]
 @pytest.mark.parametrize(
     "guards",
     [
-        lambda: (retrier(), CircuitBreaker(), Bulkhead(3), Timeout(1.0)),
+        lambda: (retrier(), LIMITER.for_key("bob"), CircuitBreaker(), Bulkhead(3), Timeout(1.0)),
         lambda: (Timeout(9.0), retrier(timeout=8.0), Hedger(delay=1.0), CircuitBreaker(), Timeout(1.0)),
         lambda: (Timeout(1.0), Timeout(1.0)),
         lambda: (CircuitBreaker(), retrier()),
@@ -249,13 +254,14 @@ async def test_local_refusals_stay_out_of_the_statistics_of_a_breaker() -> None:
     results = await asyncio.gather(*(guards.call(asyncio.sleep, 1) for _ in range(20)), return_exceptions=True)
     assert sum(isinstance(result, BulkheadFull) for result in results) == 19
 
-    async def limited() -> None:
-        raise RateLimited(name="limiter", key="bob", max_count=1, window=1.0, retry_after=1.0)
+    limiter = RateLimiter(max_count=1, window=60.0)
+    limited = stack(breaker, limiter.for_key("bob"))
+    assert await limited.call(greet, "bob") == "hello bob"
+    with pytest.raises(RateLimited), anyio.fail_after(1):
+        await limited.call(greet, "bob")
 
     inner = CircuitBreaker(failure_threshold=1)
     inner.isolate()
-    with pytest.raises(RateLimited):
-        await breaker.call(limited)
     with pytest.raises(CircuitOpen):
         await breaker.call(inner(greet), "bob")
     assert breaker.state is State.CLOSED
