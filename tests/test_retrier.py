@@ -356,6 +356,17 @@ async def test_after_its_success_the_loop_ends_and_stays_ended() -> None:
     assert turns == 1
 
 
+async def test_after_a_cancelled_delay_the_loop_stays_ended() -> None:
+    attempts = Retrier(PLAIN, on=OSError).attempts()
+    with anyio.CancelScope() as scope:
+        async for attempt in attempts:
+            with attempt:
+                asyncio.get_running_loop().call_later(0.5, scope.cancel)
+                raise OSError
+    assert clock() == 0.5
+    assert [attempt async for attempt in attempts] == []
+
+
 async def test_an_attempt_that_is_not_entered_or_entered_twice_is_an_error_that_says_so() -> None:
     retrier = Retrier(PLAIN, on=OSError)
     with pytest.raises(RuntimeError, match="enter it in each turn of the loop"):

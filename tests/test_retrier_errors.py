@@ -90,7 +90,9 @@ async def test_refusals_and_retryable_remote_errors_are_retried_by_a_broad_class
     assert await retries(Unreachable(node="x"), Exception)
     assert await retries(Unreachable(node="x"), Refused)
     assert await retries(RemoteError(node="x", kind="k", retryable=True), MeshkitError)
-    assert not await retries(Unreachable(node="x"), (OSError, Untrusted))
+    assert not await retries(Unreachable(node="x", retry_after=1.0), (OSError, Untrusted)), (
+        "it asks, but is not covered"
+    )
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,12 @@ async def test_a_retry_after_holds_also_with_jitter_and_beyond_max_delay() -> No
     fn = Script(RateLimited(name="x", key=1, max_count=1, window=1.0, retry_after=45.0), "done")
     await Retrier(RetryPolicy(), on=Refused).call(fn)
     assert fn.calls == [0.0, 45.0]
+
+
+async def test_the_longest_wait_that_may_be_asked_for_is_waited_for() -> None:
+    fn = Script(Refused(retry_after=60.0), "done")
+    await Retrier(PLAIN, on=Refused).call(fn)
+    assert fn.calls == [0.0, 60.0]
 
 
 async def test_what_asks_for_too_long_a_wait_is_raised_now() -> None:

@@ -408,6 +408,21 @@ TestBudgetAgainstModel = BudgetAgainstModel.TestCase
 TestBudgetAgainstModel.settings = settings(max_examples=25, stateful_step_count=25)
 
 
+def test_a_call_earns_for_ten_seconds_of_the_clock() -> None:
+    for spent_at, allowed in ((109.9, True), (110.0, False)):
+        budget = RetryBudget(ratio=1.0, min_per_second=0)
+        budget.record_call(100.5)
+        assert budget.try_spend(spent_at) == allowed
+
+
+def test_in_a_loop_whose_clock_began_later_nothing_counts_that_happened_before() -> None:
+    budget = RetryBudget(ratio=1.0, min_per_second=0)
+    budget.record_call(1000.0)
+    assert not budget.try_spend(5.0)
+    budget.record_call(5.0)
+    assert budget.try_spend(5.0)
+
+
 def test_a_budget_shows_what_it_is_and_does() -> None:
     budget = RetryBudget()
     budget.record_call(0.0)
