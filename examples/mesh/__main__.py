@@ -24,6 +24,7 @@ from examples.mesh.stash import Stash
 from meshkit import Logger, MemoryHub, MemoryTransport, MeshkitError, Runtime
 
 NAMES = ["alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy"]
+PAUSE = 1.0  # seconds between chapters, so that what is batched is read where it belongs
 COLOURED = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
@@ -41,7 +42,7 @@ class Node:
 
 def make_nodes(count: int) -> list[Node]:
     names = [NAMES[i] if i < len(NAMES) else f"node{i}" for i in range(count)]
-    nodes = []
+    nodes: list[Node] = []
     for position, name in enumerate(names):
         secret = secrets.token_bytes(32)
         # The last node observes wrongly: it counts a thousandfold.
@@ -80,18 +81,20 @@ async def story(nodes: list[Node], hub: MemoryHub, path: pathlib.Path, seconds: 
     before = digest.hexdigest()
     rng = random.Random(7)
 
-    heading(f"{len(nodes)} nodes chat, and {owner.name} stashes {path}")
+    heading(f"{len(nodes)} nodes chat, and {owner.name} stashes {path.name}")
+    target = nodes[1]
     async with anyio.create_task_group() as chat:
         chat.start_soon(owner.stash.put, read(path))
-        target = nodes[1]
         for node in nodes[2:5]:
             await node.social.tease(target.name)
             await anyio.sleep(0.2)
+    await anyio.sleep(PAUSE)
 
     heading(f"every node says how often {target.name} has restarted; {nodes[-1].name} is wrong by far")
     for node in nodes:
         await node.checkpoint.observe(target.name, restarts=rng.choice([3, 3, 4]), uptime=rng.randint(980, 1020))
     await until(lambda: all(n.checkpoint.decided for n in nodes), within=3, what="all nodes have decided")
+    await anyio.sleep(PAUSE)
 
     silent = next(node for node in nodes if node.name in owner.stash.confidants)
     heading(f"{silent.name}, a confidant of {owner.name}, goes silent")
@@ -100,23 +103,27 @@ async def story(nodes: list[Node], hub: MemoryHub, path: pathlib.Path, seconds: 
     await until(lambda: silent.name not in owner.stash.confidants, within=8, what="the breaker has opened")
     if spare:
         wanted = owner.stash.wanted
-        await until(lambda: len(owner.stash.confidants) == wanted, within=8, what="the stash has healed")
+        await until(lambda: len(owner.stash.confidants) == wanted, within=60, what="the stash has healed")
+
+    await anyio.sleep(PAUSE)
 
     confidants = sorted(owner.stash.confidants)
     heading(f"{owner.name} loses its memory, and asks for its file: {', '.join(confidants)}")
     owner.stash.lose_memory()
-    digests = {}
+    digests: dict[str, str] = {}
     for peer in confidants:
         digests[peer] = hashlib.sha256(await owner.stash.recover(peer)).hexdigest()
 
-    await anyio.sleep(max(0.0, seconds - (asyncio.get_running_loop().time() - started)))
+    await anyio.sleep(max(PAUSE, seconds - (asyncio.get_running_loop().time() - started)))
     heading("summary")
-    print(f"{'node':<8} {'state':<8} {'keeps parts of':<16} {'decided (restarts, uptime)':<28} {'news twice':>10}")
+    print(
+        f"{'node':<8} {'state':<8} {'keeps parts of':<16} {'decided (restarts, uptime)':<28} {'news heard again':>16}"
+    )
     for node in nodes:
         kept = ", ".join(sorted(node.stash.kept)) or "-"
         decided = node.checkpoint.decided.get(target.name)
         state = "silent" if node is silent else "up"
-        print(f"{node.name:<8} {state:<8} {kept:<16} {decided!s:<28} {node.presence.repeated:>10}")
+        print(f"{node.name:<8} {state:<8} {kept:<16} {decided!s:<28} {node.presence.repeated:>16}")
     print(f"\n{'sha256 before':<24} {before}")
     for peer, after in digests.items():
         print(f"{'after, from ' + peer:<24} {after}  {'same' if after == before else 'DIFFERENT'}")
@@ -139,7 +146,7 @@ async def main(path: pathlib.Path, count: int, seconds: float) -> bool:
     async with AsyncExitStack() as stack:
         for node in nodes:
             services = [node.stash, node.checkpoint, node.social, node.presence]
-            logger = Logger(batch_window=1.0, node=node.name)
+            logger = Logger(batch_window=0.5, node=node.name, output=sys.stdout)
             runtime = Runtime(node.name, services=services, transport=MemoryTransport(hub), logger=logger)
             await stack.enter_async_context(runtime)
         return await story(nodes, hub, path, seconds)
@@ -147,8 +154,8 @@ async def main(path: pathlib.Path, count: int, seconds: float) -> bool:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m examples.mesh", description=__doc__)
-    default = pathlib.Path(__file__).parents[2] / "LICENSE"
-    parser.add_argument("--file", type=pathlib.Path, default=default, help="what is stashed (default: the LICENSE)")
+    default = pathlib.Path(__file__).parents[2] / "docs" / "design.md"
+    parser.add_argument("--file", type=pathlib.Path, default=default, help="what is stashed (default: docs/design.md)")
     parser.add_argument("--nodes", type=int, default=5, help="how many nodes, from 3 (default: 5)")
     parser.add_argument("--seconds", type=float, default=0.0, help="how long at least (default: as long as it takes)")
     parsed = parser.parse_args()

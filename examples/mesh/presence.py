@@ -34,7 +34,8 @@ class Presence(Service):
         self.every = every
         self.pings = RateLimiter(max_count=1, window=every, name="pings per peer")
         self.gossip = DedupCache(ttl=5 * every, name="news")
-        self.silent: set[str] = set()
+        self.silent: set[str] = set()  # as far as the news goes
+        self.answers: dict[str, bool] = {}  # what this node found itself
         self.repeated = 0
 
     async def start(self) -> None:
@@ -46,8 +47,9 @@ class Presence(Service):
         while True:
             for peer in sorted(self.rt.peers):
                 present = await self.verify(peer)
-                if present is (peer in self.silent):
+                if present is not self.answers.get(peer, True):
                     await self.rt.emit(NEWS, News(peer, present))
+                self.answers[peer] = present
             await anyio.sleep(self.every)
 
     async def verify(self, peer: str) -> bool:

@@ -18,12 +18,14 @@ from meshkit import (
     OutcomeUnknown,
     Overloaded,
     PerKey,
+    RateLimited,
     RateLimiter,
     Reject,
     RemoteError,
     Retrier,
     RetryPolicy,
     Service,
+    State,
     Unreachable,
     handles,
     request,
@@ -66,8 +68,7 @@ class Stash(Service):
         self.kept: dict[str, dict[int, Part]] = {}  # what others left here, by owner
         self.mine: list[Part] = []
         self.confidants: set[str] = set()
-        self.opened = 0
-        self.healed = 0
+        self.finding = anyio.Lock()
         self.storing = RateLimiter(max_count=200, window=1.0, name="parts per owner")
         self.recalling = RateLimiter(max_count=200, window=1.0, name="recalls per owner")
         self.breakers: PerKey[str, CircuitBreaker] = PerKey(
@@ -78,7 +79,7 @@ class Stash(Service):
                 name=f"breaker of {peer}",
             )
         )
-        patience = RetryPolicy(max_retries=2, base_delay=0.1, max_delay=0.5)
+        patience = RetryPolicy(max_retries=3, base_delay=0.2, max_delay=1.0)
         self.retrier = Retrier(patience, on=is_passing, idempotent=True)  # to store a part twice is harmless
 
     async def start(self) -> None:
@@ -94,16 +95,19 @@ class Stash(Service):
         await self.find_confidants()
 
     async def find_confidants(self) -> None:
-        """Entrust the file to as many peers as are wanted, or as there are."""
-        for peer in sorted(self.rt.peers):
-            if len(self.confidants) >= self.wanted:
-                return
-            if peer not in self.confidants and await self.entrust(peer):
-                self.confidants.add(peer)
-                self.log.event("entrust", self.rt.name, target=peer, message=f"left {len(self.mine)} parts")
+        """Entrust the file to as many peers as are wanted, or as there are that answer."""
+        async with self.finding:  # one search at a time, or a peer would be given everything twice
+            for peer in sorted(self.rt.peers):
+                if len(self.confidants) >= self.wanted:
+                    return
+                if peer in self.confidants or self.breakers[peer].state is not State.CLOSED:
+                    continue
+                if await self.entrust(peer):
+                    self.confidants.add(peer)
+                    self.log.event("entrust", self.rt.name, target=peer, message=f"left {len(self.mine)} parts")
 
     async def entrust(self, peer: str) -> bool:
-        """Leave every part with `peer`; return whether it has them all."""
+        """Leave every part with `peer`; return whether it has them all now."""
         try:
             for part in self.mine:
                 await self.ask(peer, part)
@@ -129,13 +133,10 @@ class Stash(Service):
                 except CallTimeout:
                     self.log.warning("no answer", peer=peer, breaker=breaker.state.value)
                 except MeshkitError as error:
-                    self.opened += 1
                     self.confidants.discard(peer)
                     self.log.warning("given up on a confidant", peer=peer, reason=str(error))
             if self.mine and len(self.confidants) < self.wanted:
-                before = len(self.confidants)
                 await self.find_confidants()
-                self.healed += len(self.confidants) > before
 
     def lose_memory(self) -> None:
         """Forget everything but the key."""
@@ -155,11 +156,17 @@ class Stash(Service):
 
     # --- as a confidant ----------------------------------------------------------------------------------
 
+    async def take_turn(self, limiter: RateLimiter, owner: str) -> None:
+        """Wait until `limiter` lets `owner` in; if that comes after its call gives up, ask it to come back later."""
+        try:
+            await limiter.acquire(owner)
+        except RateLimited as limited:
+            raise Reject("slow_down", str(limited), retryable=True) from limited
+
     @handles(STORE)
     async def store(self, msg: Message[Part]) -> int:
         """Keep a part for its sender, within what one owner may ask for."""
-        if not self.storing.allow(msg.sender):
-            raise Reject("slow_down", "too many parts", retryable=True)
+        await self.take_turn(self.storing, msg.sender)
         kept = self.kept.setdefault(msg.sender, {})
         kept[msg.payload.number] = msg.payload
         self.log.event("store", msg.sender, message=f"stored {len(msg.payload.sealed) / 1000:.1f} kB")
@@ -173,8 +180,7 @@ class Stash(Service):
     @handles(RECALL)
     async def give_back(self, msg: Message[Recall]) -> Part:
         """Give a part back to whoever left it: nobody else can ask for it."""
-        if not self.recalling.allow(msg.sender):
-            raise Reject("slow_down", "too many recalls", retryable=True)
+        await self.take_turn(self.recalling, msg.sender)
         part = self.kept.get(msg.sender, {}).get(msg.payload.number)
         if part is None:
             raise Reject("not_found", f"no part {msg.payload.number} of {msg.sender} is here")
