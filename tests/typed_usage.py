@@ -95,9 +95,10 @@ async def a_runtime_call_through_a_guard_keeps_its_reply_type(rt: Runtime, retri
 
 async def utilities_infer_what_they_carry() -> None:
     registry = CallRegistry[StoreAck]()
-    assert_type(await registry.call(lambda id: None, timeout=1.0), StoreAck)
-    helper = ConsensusHelper(threshold=3, aggregator=trimmed_mean)
-    helper.add_vote("alice", 3)
+    assert_type(await registry.call(print, timeout=1.0), StoreAck)
+    numbers = ConsensusHelper[int](threshold=3, aggregator=trimmed_mean)
+    numbers.add_vote("alice", 3)
+    assert_type(numbers.result(), int)
     words = ConsensusHelper[str](threshold=3, aggregator=majority)
     assert_type(words.result(), str)
     limiter = RateLimiter(max_count=5, window=60.0)
