@@ -22,7 +22,7 @@ from meshkit.errors import (
 )
 from meshkit.retrier import Retrier, RetryPolicy
 from meshkit.testing import Leak, run
-from tests.test_retrier import PLAIN, Form, Script, clock, every_form
+from tests.test_retrier import NONSENSE, PLAIN, Form, Script, clock, every_form
 
 MAYBE = [CallTimeout(name="x", timeout=1.0), PeerLost(node="x"), Closed(name="x", executed="maybe")]
 NO_USE = [BadSeal(), Closed(name="x"), RemoteError(node="x", kind="k")]
@@ -190,6 +190,16 @@ async def test_what_asks_for_too_long_a_wait_is_raised_now() -> None:
         assert len(fn.calls) == 1
         assert clock() == 0.0
         assert "more than max_retry_after=60" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("nonsense", NONSENSE, ids=repr)
+async def test_a_retry_after_that_is_no_number_of_seconds_is_no_retry_after(nonsense: object) -> None:
+    class Asked(Exception):
+        retry_after = nonsense
+
+    fn = Script(Asked(), "done")
+    await Retrier(RetryPolicy(base_delay=0.25, jitter=False), on=Asked).call(fn)
+    assert fn.calls == [0.0, 0.25]
 
 
 async def test_a_retry_after_that_cannot_even_be_read_is_no_retry_after() -> None:
