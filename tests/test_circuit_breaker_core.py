@@ -182,6 +182,15 @@ class CircuitMachine(RuleBasedStateMachine):
         if self.model.state is State.CLOSED and failed is not None:
             self.model.count(self.now, failed)
 
+    @precondition(lambda self: self.model.state is State.CLOSED)
+    @rule()
+    def break_down_and_wait(self) -> None:
+        """The way to half-open, which chance seldom finds."""
+        for _ in range(20):
+            if self.model.state is State.CLOSED:
+                self.end_what_was_never_admitted(failed=True)
+        self.now = max(self.now, self.model.until)
+
     @rule()
     def isolate(self) -> None:
         self.circuit.isolate()
