@@ -67,14 +67,14 @@ class Generation:
 
     def look(self, now: float) -> bool:
         """Stop waiting for watched calls that take too long; return what `record` returns."""
-        while self.watched:
-            oldest = next(iter(self.watched))
-            if now < oldest.start + self.patience:
-                self.due = oldest.start + self.patience
-                return False
-            if oldest.record(None, now):
-                return True
-        return False
+        late: list[Watched] = []
+        self.due = math.inf
+        for lease in self.watched:
+            if now < lease.start + self.patience:
+                self.due = lease.start + self.patience
+                break
+            late.append(lease)
+        return any(lease.record(None, now) for lease in late)
 
 
 class Watched:
