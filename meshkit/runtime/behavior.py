@@ -23,7 +23,7 @@ import types
 import typing
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, fields
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, cast, overload
 
 import msgspec
 
@@ -110,7 +110,7 @@ class Behavior(Generic[P]):
     def check(self, payload: object) -> None:
         """Raise `TypeError` unless `payload` is of the declared type, as far as `isinstance` can tell."""
         if not isinstance(payload, self._class):
-            raise TypeError(f"{self.kind}: the payload must be {_name(self.payload)}, not {payload!r}")
+            raise TypeError(f"{self.kind}: the payload must be {_name(self.payload)}, not {type(payload).__name__}")
 
 
 @dataclass(frozen=True, repr=False)
@@ -218,5 +218,5 @@ def handles(behavior: Behavior[Any], /) -> Callable[[Any], Any]:
 
 def behaviors_of(method: object) -> tuple[Behavior[Any], ...]:
     """Return the behaviors that `method` was marked to handle."""
-    behaviors: tuple[Behavior[Any], ...] = getattr(method, "_meshkit_handles", ())
-    return behaviors
+    behaviors: object = getattr(method, "_meshkit_handles", ())
+    return cast("tuple[Behavior[Any], ...]", behaviors) if isinstance(behaviors, tuple) else ()

@@ -8,7 +8,7 @@ from typing import Any
 
 from meshkit import _time
 
-__all__ = ["Crew", "Restarts", "take_back_cancellations"]
+__all__ = ["Crew", "Restarts", "begin", "take_back_cancellations", "was_cancelled"]
 
 
 class Restarts:
@@ -42,7 +42,7 @@ class Crew:
     `on_failure(what, error, delay)` is told each failure of a supervised task; the delay is None when it was the last.
     """
 
-    def __init__(self, prefix: str, on_failure: Callable[[str, Exception, float | None], None]) -> None:
+    def __init__(self, prefix: str, on_failure: Callable[[str, BaseException, float | None], None]) -> None:
         self._prefix = prefix
         self._on_failure = on_failure
         self._context = contextvars.copy_context()
@@ -63,7 +63,7 @@ class Crew:
         name = f"{self._prefix}:{what}"
         if self._ended:
             raise RuntimeError(f"{name} cannot begin: its service has stopped")
-        task = self._loop.create_task(run(), name=name, context=self._context.copy())
+        task = begin(self._loop, run, name, self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -78,9 +78,14 @@ class Crew:
                 try:
                     await run()
                     return
+                except asyncio.CancelledError as error:
+                    if was_cancelled():
+                        raise
+                    failure: BaseException = error  # it awaited something else that was cancelled
                 except Exception as error:  # noqa: BLE001 - whatever a background task raises is its failure
-                    delay = restarts.delay(_time.now())
-                    self._on_failure(what, error, delay)
+                    failure = error
+                delay = restarts.delay(_time.now())
+                self._on_failure(what, failure, delay)
                 if delay is None:
                     return
                 await asyncio.sleep(delay)
@@ -101,6 +106,28 @@ class Crew:
             if left:
                 _, left = await asyncio.wait(left, timeout=patience / 2)
         return sorted(task.get_name() for task in left)
+
+
+def begin(
+    loop: asyncio.AbstractEventLoop,
+    run: Callable[[], Coroutine[Any, Any, None]],
+    name: str,
+    context: contextvars.Context | None = None,
+) -> "asyncio.Task[None]":
+    """Run `run()` in a task that begins later, also where the loop's task factory is eager to begin at once."""
+
+    async def later() -> None:
+        await asyncio.sleep(0)
+        await run()
+
+    coro = run() if loop.get_task_factory() is None else later()
+    return loop.create_task(coro, name=name, context=context)
+
+
+def was_cancelled() -> bool:
+    """Return whether somebody has cancelled the current task; else a `CancelledError` in it is its own doing."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def take_back_cancellations() -> None:

@@ -5,10 +5,13 @@ may enter in one task and leave in another. So the runtime lives in a task of it
 """
 
 import asyncio
+import functools
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import anyio
+
+from meshkit.runtime.crew import begin
 
 __all__ = ["Home"]
 
@@ -17,24 +20,30 @@ class Home:
     """Runs `live(home)` in a task of its own, which calls `opened` when it is ready and waits for `asked_to_close`."""
 
     def __init__(self, name: str, live: Callable[["Home"], Coroutine[Any, Any, None]]) -> None:
-        loop = asyncio.get_running_loop()
-        self._opened: asyncio.Future[None] = loop.create_future()
+        self.loop = loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[bool] = loop.create_future()  # or whether it ended before that
         self._closing: asyncio.Future[None] = loop.create_future()
-        self.task = loop.create_task(live(self), name=name)
+        self.task = begin(loop, functools.partial(live, self), name)
         self.task.add_done_callback(self._on_end)
 
     @property
     def is_open(self) -> bool:
-        """Whether it has opened."""
-        return self._opened.done()
+        """Whether it has opened, now or before it ended."""
+        return self._opened.done() and self._opened.result()
 
     @property
     def ended(self) -> bool:
         """Whether it has ended, or its loop was closed under it."""
-        return self.task.done() or self.task.get_loop().is_closed()
+        return self.task.done() or self.loop.is_closed()
+
+    @property
+    def need_not_close(self) -> bool:
+        """Whether it ended before it was open (who opened it was told so), or its loop was closed under it."""
+        return self.ended and not (self.task.done() and self.is_open)
 
     def _on_end(self, task: "asyncio.Task[None]") -> None:
-        self.opened()  # whoever opens it looks whether it has ended
+        if not self._opened.done():
+            self._opened.set_result(False)
         if not task.cancelled():
             task.exception()  # it is raised by whoever opens, closes or waits
 
@@ -42,8 +51,7 @@ class Home:
 
     def opened(self) -> None:
         """Say that it is open."""
-        if not self._opened.done():
-            self._opened.set_result(None)
+        self._opened.set_result(True)
 
     async def asked_to_close(self) -> None:
         """Wait until somebody asks it to close."""
@@ -62,7 +70,7 @@ class Home:
         except asyncio.CancelledError:
             await self._hurry()
             raise
-        if self.task.done():
+        if not self._opened.result():
             await self.task
 
     def ask_to_close(self) -> None:

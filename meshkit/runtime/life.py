@@ -108,7 +108,7 @@ class Life:
     def _failed(self, service: Service, what: str) -> ServiceFailed:
         return ServiceFailed(node=self.node, service=service.name, what=what)
 
-    def _on_task_failure(self, service: Service, what: str, error: Exception, delay: float | None) -> None:
+    def _on_task_failure(self, service: Service, what: str, error: BaseException, delay: float | None) -> None:
         """Log the failure of a background task; without a `delay` there is no restart, and the node stops."""
         if delay is not None:
             service.log.error("task %r failed, and runs again in %.3g s", what, delay, exc_info=error)

@@ -19,7 +19,7 @@ from meshkit.runtime.behavior import Broadcast, Local, Request
 from meshkit.runtime.crew import Crew
 from meshkit.runtime.dispatcher import Dispatcher
 from meshkit.runtime.graph import Graph
-from meshkit.runtime.message import Message, new_id
+from meshkit.runtime.message import Ids, Message
 from meshkit.runtime.stats import Counts, RuntimeStats
 from meshkit.runtime.transport import Transport
 from meshkit.runtime.wire import Ask, Cancel, Failure, Reply, Tell, Why, Wire, decode, encode, encode_payload, to_error
@@ -44,6 +44,7 @@ class Router:
         self._transport = transport
         self._log = log
         self._calls: CallRegistry[msgspec.Raw] = CallRegistry(name=f"calls of node {node!r}")
+        self._new_id = Ids().new
         self._asked: dict[str, tuple[str, str]] = {}  # by id of a call: the node that was asked, and the kind
 
     # --- what goes out
@@ -51,7 +52,7 @@ class Router:
     async def emit(self, behavior: Local[P] | Broadcast[P], payload: P, to: str | None) -> str:
         """Send a message that nobody answers, and return its id."""
         behavior.check(payload)
-        kind, message_id = behavior.kind, new_id()
+        kind, message_id = behavior.kind, self._new_id()
         if isinstance(behavior, Local):
             if to is not None:
                 raise ValueError(f"{behavior!r} never leaves its node, so it cannot be emitted to {to!r}")
@@ -78,7 +79,7 @@ class Router:
         if not isinstance(behavior, Request):
             raise TypeError(f"{behavior!r} has no reply: use emit()")
         behavior.check(payload)
-        kind, call_id = behavior.kind, new_id()
+        kind, call_id = behavior.kind, self._new_id()
         remaining = min(_check.duration("timeout", timeout), anyio.current_effective_deadline() - _time.now())
         milliseconds = int(max(0.0, remaining) * 1000)  # the deadline of a scope that has been cancelled is -infinity
         ask = Ask(call_id, kind, _time.wall(), milliseconds, encode_payload(payload))
@@ -148,7 +149,7 @@ class Router:
         message = Message(tell.id, tell.kind, sender, payload, tell.time)
         for handler in handlers:
             if not self.dispatcher.try_deliver([handler], message):
-                self._drop(tell.kind, "overloaded")
+                self._drop(tell.kind, "draining" if handler.mailbox.closed else "overloaded")
         return None
 
     def _on_ask(self, sender: str, ask: Ask) -> None:
@@ -165,10 +166,11 @@ class Router:
             return self._refuse(sender, ask, "malformed", f"{ask.kind!r} on node {self._node!r}: {error}")
         deadline = _time.now() + ask.remaining / 1000
         message = Message(ask.id, ask.kind, sender, payload, ask.time, deadline)
-        if not self.dispatcher.serve(handler, message):
-            mailbox = handler.mailbox
-            return self._refuse(sender, ask, "overloaded", mailbox.name, mailbox.max_mailbox)
-        return None
+        if self.dispatcher.serve(handler, message):
+            return None
+        if handler.mailbox.closed:
+            return self._refuse(sender, ask, "draining")
+        return self._refuse(sender, ask, "overloaded", handler.mailbox.name, handler.mailbox.max_mailbox)
 
     def _refuse(self, sender: str, ask: Ask, why: Why, detail: str = "", limit: int = 0) -> None:
         self._drop("" if why == "no_handler" else ask.kind, why)

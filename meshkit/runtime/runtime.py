@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from meshkit import _check
+from meshkit._time import running_loop
 from meshkit.errors import Closed
 from meshkit.logger import Logger, ServiceLog
 from meshkit.runtime.behavior import Broadcast, Local, Request
@@ -85,7 +86,7 @@ class Runtime:
         return Logger(node=self.name, disabled=disabled, verbose=verbose)
 
     def __repr__(self) -> str:
-        services = ", ".join(service.name for service in self.services)
+        services = ", ".join(getattr(service, "name", "?") for service in self.services)
         return f"Runtime({self.name!r}, services=[{services}], {self._state})"
 
     @property
@@ -153,7 +154,15 @@ class Runtime:
             raise RuntimeError(f"node {self.name!r} is not running: use `async with`, or `await rt.start()`")
         if life.over:
             raise Closed(name=f"node {self.name!r}") from life.failure
+        self._require_its_loop(life)
         return life
+
+    def _require_its_loop(self, life: Life) -> None:
+        if running_loop() is not life.home.loop:
+            raise RuntimeError(
+                f"node {self.name!r} runs on another event loop: await it there; from other threads, "
+                "through anyio.from_thread or asyncio.run_coroutine_threadsafe"
+            )
 
     # --- its life
 
@@ -189,12 +198,14 @@ class Runtime:
         Raises:
             ServiceFailed: A background task had failed too often, or the `stop` of a service failed.
         """
-        if self._life is None:
+        life = self._life
+        if life is None or life.home.need_not_close:
             return
-        if self._life.owns(asyncio.current_task()):
-            self._life.home.ask_to_close()
+        self._require_its_loop(life)
+        if life.owns(asyncio.current_task()):
+            life.home.ask_to_close()
         else:
-            await self._told(self._life.home.close())
+            await self._told(life.home.close())
 
     async def wait(self) -> None:
         """Wait until it has stopped, for whatever reason.
@@ -205,6 +216,7 @@ class Runtime:
         """
         if self._life is None:
             raise RuntimeError(f"node {self.name!r} is not running")
+        self._require_its_loop(self._life)
         await self._told(self._life.home.wait())
 
     async def _told(self, end: Coroutine[Any, Any, None]) -> None:

@@ -96,7 +96,7 @@ async def test_no_handler(to: str) -> None:
 
 async def test_a_payload_of_another_type_here_and_there(to: str) -> None:
     async with mesh("alice", "bob") as (_, [alice, _], _):
-        with pytest.raises(TypeError, match="stash:store: the payload must be Store, not 'x'"):
+        with pytest.raises(TypeError, match="stash:store: the payload must be Store, not str"):
             await alice.call(STORE, cast("Store", "x"), to=to)
         otherwise = request("stash:store", dict[str, int], reply=StoreAck)
         error = await error_of(alice.call(otherwise, {"name": 3}, to=to), MalformedFrame)

@@ -106,6 +106,18 @@ async def test_a_supervised_task_may_be_cancelled_and_is_not_restarted() -> None
     assert supervised.failures == []
 
 
+async def test_a_task_in_which_something_else_was_cancelled_has_failed() -> None:
+    supervised = Supervised()
+
+    async def awaits_what_is_cancelled() -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.cancel()
+        await future
+
+    await supervised.crew.supervise(awaits_what_is_cancelled, "x", Restarts(2, 60.0))
+    assert [delay for _, _, delay in supervised.failures] == [0.1, 0.2, None]
+
+
 async def test_tasks_run_in_the_context_of_the_crew() -> None:
     seen: list[str] = []
 

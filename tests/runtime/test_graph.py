@@ -65,6 +65,14 @@ def test_one_service_handles_a_kind_once() -> None:
     assert faults(named("x", Good, zzz=again)) == ["  service 'x': zzz(): 'x:note' is handled by x.note already"]
 
 
+def test_members_that_answer_to_any_name_are_no_handlers() -> None:
+    class Answers:
+        def __getattr__(self, name: str) -> str:
+            return name
+
+    assert Graph("alice", [named("x", answers=Answers())]).handlers == []
+
+
 def test_one_method_may_handle_several_kinds() -> None:
     @handles(NOTE)
     @handles(local("x:other", int))

@@ -7,7 +7,7 @@ from typing import Any, cast
 import anyio
 import pytest
 
-from meshkit.errors import Closed, PeerLost
+from meshkit.errors import Closed, Draining, PeerLost
 from meshkit.logger import Logger
 from meshkit.runtime import Message, Runtime, Service, ServiceFailed, handles
 from meshkit.runtime.transport import Alone, Receiver
@@ -201,6 +201,23 @@ async def test_a_service_object_runs_in_one_runtime_at_a_time() -> None:
         pass
 
 
+async def test_after_a_failed_start_there_is_nothing_to_stop() -> None:
+    alice = Node("alice", Noted("one", [], start=ValueError("no")))
+    for _ in range(2):
+        with pytest.raises(ServiceFailed):
+            await alice.start()
+        await alice.stop()
+        with pytest.raises(ServiceFailed):
+            await alice.wait()
+
+
+async def test_what_is_not_a_service_is_told_and_shown() -> None:
+    alice = Node("alice", cast("Any", 3))
+    assert repr(alice) == "Runtime('alice', services=[?], not started)"
+    with pytest.raises(ValueError, match="3 is not a service"):
+        await alice.start()
+
+
 async def test_a_runtime_runs_once_at_a_time_and_again_when_it_has_stopped() -> None:
     alice = Node("alice", Stash())
     for _ in range(3):
@@ -240,6 +257,13 @@ def test_a_runtime_whose_loop_was_closed_under_it_can_start_in_another() -> None
         async with alice:
             await alice.call(STORE, Store("x"), to="alice")
 
+    async def other_loop() -> None:
+        await alice.stop()
+        for verb in (alice.wait(), alice.emit(STORED, [])):
+            with pytest.raises(RuntimeError, match="node 'alice' runs on another event loop: await it there"):
+                await verb
+
+    run(other_loop)
     run(main)
     assert stash.begun == ["x"]
 
@@ -358,6 +382,39 @@ async def test_a_service_that_stops_too_late_finds_the_mailboxes_closed() -> Non
     async with Node("alice", Noted("first", [], stop=emit_too_late), Stash()):
         pass
     assert str(errors[0]) == "mailbox of service 'stash' on node 'alice' is closed"
+
+
+async def test_a_service_that_stops_too_late_is_refused_by_those_that_have_stopped() -> None:
+    async def ask_too_late(service: Service) -> None:
+        with pytest.raises(Draining):
+            await service.rt.call(STORE, Store("x"), to="alice")
+        await service.rt.emit(TEASE, "x")
+
+    async with Node("alice", Noted("first", [], stop=ask_too_late), Stash()) as alice:
+        pass
+    assert alice.stats().dropped == {("stash:store", "draining"): 1, ("social:tease", "draining"): 1}
+
+
+def plain_task_factory(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+    return asyncio.Task(coro, loop=loop, **options)
+
+
+async def test_it_runs_where_tasks_are_eager_to_begin() -> None:
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(getattr(asyncio, "eager_task_factory", plain_task_factory))  # eager from 3.12 on
+    hub = MemoryHub()
+    try:
+        one, two = Node("alice", Stash(), Noted("x", []), hub=hub), Node("bob", Stash(), hub=hub)
+        async with one as alice, two:
+            calls = [alice.call(SLEEP, 1.0, to="bob") for _ in range(200)]
+            assert await asyncio.gather(*calls) == [1.0] * 200
+            for _ in range(2000):
+                await alice.emit(STORED, [])
+            assert await alice.call(SLEEP, 1.0, to="alice") == 1.0
+            assert balanced(alice)
+    finally:
+        loop.set_task_factory(None)
+    assert nothing_is_left()
 
 
 async def test_a_failing_stop_does_not_keep_the_others_from_stopping_and_is_raised_at_the_end() -> None:

@@ -105,7 +105,7 @@ async def test_a_local_kind_cannot_be_sent_away_and_a_request_not_emitted() -> N
 
 async def test_a_payload_of_another_type_is_refused_where_it_is_emitted() -> None:
     async with Node("alice") as alice:
-        with pytest.raises(TypeError, match="social:tease: the payload must be str, not 3"):
+        with pytest.raises(TypeError, match="social:tease: the payload must be str, not int"):
             await alice.emit(TEASE, cast("Any", 3))
         with pytest.raises(TypeError, match="unsupported"):
             await alice.emit(broadcast("x:any", list[object]), [object()])
