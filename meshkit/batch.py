@@ -14,8 +14,8 @@ saving [0, 1, 2]
 saving [3, 4]
 40
 
-The treaty: `add`, `submit` and `enqueue` either get a place for their item, and then it is *accepted*, or they do
-nothing. Every accepted item is flushed; or its failure is told once: to its submitter, or else to `on_error`.
+The treaty: to add an item either gets a place for it, and then it is *accepted*, or does nothing. Every accepted item
+is flushed; or its failure is told once: to its submitter, or else to `on_error`.
 """
 
 import asyncio
@@ -107,7 +107,8 @@ class Batch(Generic[T, W]):
     @property
     def oldest(self) -> int:
         """The number of the oldest batch that is not settled: all before it are."""
-        return next((taken.number for batches in (self.flying, self._full) for taken in batches), self._number)
+        unsettled = self.flying or self._full
+        return unsettled[0].number if unsettled else self._number
 
     def add(self, item: T, now: float, ticket: W | None = None) -> bool:
         """Accept `item` if there is room, and return whether there was."""
@@ -266,24 +267,11 @@ class BatchCollector(Generic[T, F_co]):
 
     def try_add(self, item: T) -> bool:
         """Add `item` if there is room and nobody waits for it; return whether it was added. Raises `Closed`."""
-        return self._accept(item)
-
-    async def enqueue(self: "BatchCollector[T, _Results[R]]", item: T) -> asyncio.Future[R]:
-        """Add `item` as `add` does, and return the future of its result: many results without a task for each.
-
-        Cancelling the future does not take the item back. asyncio reports an error in a future that nobody looks at.
-        """
         core = self._core
-        position = len(core.items)
-        if position < core.quick:
+        if len(core.items) < core.quick:
             core.items.append(item)
-            future = core.tickets[position] = self._loop.create_future()
-            return future
-        self._check_open()
-        future = self._loop.create_future()
-        if not self._accept(item, future):
-            await self._accept_in_turn(item, future)
-        return future
+            return True
+        return self._accept(item)
 
     async def submit(self: "BatchCollector[T, _Results[R]]", item: T) -> R:
         """Add `item` as `add` does, wait until it is flushed, and return its result: its part of what `flush` returned.
@@ -297,13 +285,41 @@ class BatchCollector(Generic[T, F_co]):
             Closed: The collector was stopped before the item was flushed (`executed` is "no"), or meanwhile ("maybe").
         """
         self._refuse_inside_flush("submit")
-        future = await self.enqueue(item)
+        try:
+            future = self.submit_nowait(item)
+        except BatchFull:
+            future = None
+        if future is None:
+            future = self._loop.create_future()
+            await self._accept_in_turn(item, future)
         try:
             return await future
         except asyncio.CancelledError:
             if not future.cancelled() and isinstance(error := future.exception(), Exception):
                 self._tell([item], error)  # it failed just when its submitter was cancelled, who will never know
             raise
+
+    def submit_nowait(self: "BatchCollector[T, _Results[R]]", item: T) -> asyncio.Future[R]:
+        """Add `item` and return the future of its result: thousands of results, and no task for any of them.
+
+        Cancelling the future does not take the item back. asyncio reports an error in a future that nobody looks at.
+
+        Raises:
+            BatchFull: There is no room, or others wait for it.
+            Closed: The collector is stopped, or was before the item was flushed; OutcomeUnknown and others as `submit`.
+        """
+        core = self._core
+        position = len(core.items)
+        if position < core.quick:
+            future: asyncio.Future[R] = asyncio.Future(loop=self._loop)
+            core.tickets[position] = future
+            core.items.append(item)
+            return future
+        self._check_open()
+        future = self._loop.create_future()
+        if not self._accept(item, future):
+            raise BatchFull(name=self._name, max_pending=self._max_pending)
+        return future
 
     async def flush(self) -> None:
         """Flush what is accepted without waiting for more; return when all of it is flushed, or told to have failed."""

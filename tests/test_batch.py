@@ -261,21 +261,25 @@ async def test_submit_returns_this_items_result() -> None:
     assert results == ["done a", "done b", "done c", "done d"]
 
 
-async def test_enqueue_returns_a_future_as_soon_as_the_item_is_accepted() -> None:
+async def test_submit_nowait_returns_a_future_and_starts_no_task() -> None:
     sink = Sink(seconds=5)
     async with BatchCollector(sink, max_size=3, max_wait=1, max_pending=5) as collector:
-        futures = [await collector.enqueue(item) for item in range(8)]  # waits for room on the way, starts no task
-        assert asyncio.get_running_loop().time() == 5.0
-        assert [future.done() for future in futures] == [True] * 3 + [False] * 5
+        futures = [collector.submit_nowait(item) for item in range(5)]
+        with pytest.raises(BatchFull, match="5 items are waiting to be flushed") as caught:
+            collector.submit_nowait(5)
+        assert caught.value.executed == "no"
+        await asyncio.sleep(6)
+        assert [future.done() for future in futures] == [True] * 3 + [False] * 2
+        futures.append(collector.submit_nowait(5))
         await collector.flush()
-        assert [await future for future in futures] == [f"done {item}" for item in range(8)]
+        assert [await future for future in futures] == [f"done {item}" for item in range(6)]
 
 
 async def test_added_and_submitted_items_share_batches() -> None:
     sink = Sink()
     async with BatchCollector(sink, max_size=4, max_wait=1) as collector:
         await collector.add("a")
-        first = await collector.enqueue("b")
+        first = collector.submit_nowait("b")
         assert collector.try_add("c")
         assert await collector.submit("d") == "done d"
         assert await first == "done b"
@@ -312,7 +316,7 @@ async def test_a_result_that_is_an_exception_is_raised_to_that_submitter_only() 
         return [ValueError(f"not {item}") if item % 2 else item for item in items]
 
     async with BatchCollector(flush, max_size=6, max_wait=1, on_error=told) as collector:
-        submitted = [await collector.enqueue(i) for i in range(4)]
+        submitted = [collector.submit_nowait(i) for i in range(4)]
         await collector.add(4)
         await collector.add(5)  # nobody waits for this one
         results = await asyncio.gather(*submitted, return_exceptions=True)
@@ -492,11 +496,12 @@ def test_it_can_be_constructed_without_a_loop_and_says_what_it_is() -> None:
 
 async def test_before_it_is_opened_adding_says_what_to_do() -> None:
     collector = collect(name="orders")
-    for attempt in (collector.add, collector.submit, collector.enqueue):
+    for attempt in (collector.add, collector.submit):
         with pytest.raises(RuntimeError, match="orders is not open yet: add to it inside `async with`"):
             await cast("Callable[[int], Awaitable[Any]]", attempt)(1)
-    with pytest.raises(RuntimeError, match="not open yet"):
-        collector.try_add(1)
+    for attempt_now in (collector.try_add, collector.submit_nowait):
+        with pytest.raises(RuntimeError, match="not open yet"):
+            attempt_now(1)
     await collector.flush()
     await collector.stop()
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from meshkit.batch import BatchCollector
-from meshkit.errors import Closed
+from meshkit.errors import BatchFull, Closed
 from meshkit.testing import VirtualTimeLoop, cancellation_points, run
 from tests.test_batch import Sink, Told
 
@@ -40,7 +40,7 @@ async def test_after_the_deadline_what_runs_is_cancelled_and_what_is_left_is_tol
     async with BatchCollector(sink, max_size=2, max_wait=1, on_error=told, stop_timeout=7, name="orders") as collector:
         for item in range(5):
             await collector.add(item)
-        submitted = await collector.enqueue(5)
+        submitted = collector.submit_nowait(5)
         await asyncio.sleep(10)
     assert asyncio.get_running_loop().time() == 17.0
     assert [items for items, _ in told.calls] == [[0, 1], [2, 3], [4]]
@@ -85,11 +85,12 @@ async def test_stop_refuses_new_items_and_those_who_wait() -> None:
         await asyncio.sleep(0.5)
         for task in waiting:
             assert isinstance(task.exception(), Closed), "it should not have to wait for the end"
-        for attempt in (collector.add("d"), collector.submit("e"), collector.enqueue("f")):
+        for attempt in (collector.add("d"), collector.submit("e")):
             with pytest.raises(Closed, match="orders is closed"):
                 await attempt
-        with pytest.raises(Closed):
-            collector.try_add("g")
+        for attempt_now in (collector.try_add, collector.submit_nowait):
+            with pytest.raises(Closed):
+                attempt_now("f")
         await stopping
         assert asyncio.get_running_loop().time() == 2.0
     assert sink.items == ["a"]
@@ -425,7 +426,7 @@ def test_when_the_whole_program_is_interrupted_what_was_accepted_is_flushed() ->
     assert sink.items == [0, 1, 2]
 
 
-ACTIONS = st.sampled_from(["add", "submit", "enqueue", "try_add", "flush"])
+ACTIONS = st.sampled_from(["add", "submit", "submit_nowait", "try_add", "flush"])
 
 
 @given(
@@ -474,12 +475,10 @@ def test_whatever_happens_at_one_instant_each_accepted_item_is_flushed_or_told_o
                 accepted.add(item)
             elif action == "try_add" and collector.try_add(item):
                 accepted.add(item)
-            elif action == "enqueue":
-                future = await collector.enqueue(item)
+            elif action == "submit_nowait":
+                future = collector.submit_nowait(item)
                 accepted.add(item)
-                await asyncio.wait([future])
-                if future.exception() is not None:
-                    heard.add(item)
+                future.add_done_callback(lambda done: heard.add(item) if done.exception() else None)
             elif action == "submit":
                 unknown.add(item)
                 assert await collector.submit(item) == item
@@ -489,6 +488,8 @@ def test_whatever_happens_at_one_instant_each_accepted_item_is_flushed_or_told_o
         except (ConnectionError, ValueError):
             heard.add(item)
             accepted.add(item)
+        except BatchFull:
+            assert item not in accepted
         except Closed as error:
             if item in accepted or error.executed == "maybe":
                 heard.add(item)

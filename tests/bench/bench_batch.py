@@ -6,7 +6,7 @@ from typing import Any
 from meshkit.batch import BatchCollector
 from tests.bench.harness import Compare, Measure
 
-SIZE = 100
+SIZE = 1000
 
 
 async def save(items: list[int]) -> None:
@@ -50,7 +50,7 @@ async def await_append(n: int) -> None:
 
 
 async def add(n: int) -> None:
-    async with BatchCollector(save, max_size=SIZE, max_wait=1.0, max_pending=n + SIZE) as collector:
+    async with BatchCollector(save, max_size=SIZE, max_wait=1.0) as collector:
         for i in range(n):
             await collector.add(i)
 
@@ -75,10 +75,12 @@ async def append_futures(n: int) -> None:
     await flush()
 
 
-async def enqueue(n: int) -> None:
+async def submit_nowait(n: int) -> None:
     async with BatchCollector(double, max_size=SIZE, max_wait=1.0) as collector:
-        for i in range(n):
-            await collector.enqueue(i)
+        for start in range(0, n, SIZE):
+            for i in range(start, min(n, start + SIZE)):
+                collector.submit_nowait(i)
+            await collector.flush()
 
 
 async def tasks_with_futures(n: int) -> None:
@@ -109,12 +111,26 @@ async def submit(n: int) -> None:
             await asyncio.gather(*(collector.submit(i) for i in range(start, start + SIZE)))
 
 
+async def one_task_each(n: int) -> None:
+    for i in range(n):
+        await asyncio.create_task(save([i]))
+
+
+async def one_batch_each(n: int) -> None:
+    async with BatchCollector(save, max_size=1, max_wait=1.0) as collector:
+        for i in range(n):
+            await collector.add(i)
+            await collector.flush()
+
+
 def measures() -> list[Measure]:
     rounds: dict[str, Any] = {"n": 100_000, "rounds": 15}
     return [
         Compare("await add / list append", append, add, **rounds, goal=4.0),
-        Compare("await an empty append / list append", append, await_append, **rounds),
-        Compare("await add / append, flushed by hand at 100", append_and_flush, add, **rounds, goal=4.0),
-        Compare("enqueue / append + future, flushed at 100", append_futures, enqueue, **rounds, goal=1.5),
-        Compare("submit / append + future, 100 tasks at a time", tasks_with_futures, submit, **rounds, goal=1.5),
+        Compare("  await a method that only appends / list append", append, await_append, **rounds),
+        Compare("  await add / await a method that only appends", await_append, add, **rounds),
+        Compare("  await add / append, flushed by hand at 1,000", append_and_flush, add, **rounds, goal=4.0),
+        Compare("submit_nowait / append + future, by hand at 1,000", append_futures, submit_nowait, **rounds, goal=1.5),
+        Compare("submit / append + future, 1,000 tasks at a time", tasks_with_futures, submit, **rounds, goal=1.5),
+        Compare("add and flush() of one / create a task and await it", one_task_each, one_batch_each, n=10_000),
     ]
