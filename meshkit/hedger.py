@@ -168,6 +168,7 @@ class _Race(Generic[T]):
         if not self.over:
             self.over = True
             self.results.append(result)
+            self._errors.clear()  # they hold this object, through their tracebacks
             if hedge:
                 notify(self._hedger.observer, HedgeWon(self._hedger.name, hedge))
 

@@ -254,9 +254,12 @@ class Attempts:
         earlier, self._earlier = self._earlier, None
         if scope is not None and scope.__exit__(kind, error, traceback):
             late = self._late(error, earlier)
-            if not self.failed(late):
+            if self.failed(late):
+                return True
+            try:
                 raise late
-            return True
+            finally:
+                del late  # else its traceback would hold it, in a cycle
         return isinstance(error, Exception) and self.failed(error)
 
     def _late(self, cut: BaseException | None, earlier: Exception | None) -> CallTimeout:

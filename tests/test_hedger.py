@@ -231,9 +231,11 @@ async def test_losers_that_fail_or_suppress_their_cancellation_mask_nothing() ->
                 return "winner"
 
             start = clock()
-            assert await Hedger(delay=1.0).call(fn) == "winner"
+            seen: list[Event] = []
+            assert await Hedger(delay=1.0, name="read", observer=seen.append).call(fn) == "winner"
             cleaning = 0.25 if answer is cleans_up else 0.0
             assert clock() - start == (2.5 if first_is_slow else 1.5) + cleaning
+            assert seen == [HedgeStarted("read", 1), *[HedgeWon("read", 1)] * first_is_slow]
     await asyncio.sleep(1)
 
 
@@ -337,6 +339,38 @@ def test_wherever_it_is_cancelled_all_copies_are_cancelled_and_awaited() -> None
                 assert fn.begun == begun, "and no other is started"
 
             run(main)
+
+
+async def test_a_hedge_that_was_about_to_begin_when_the_caller_was_cancelled_does_not() -> None:
+    fn = Copies((60.0, "first"), (60.0, "second"))
+    budget = RetryBudget()
+    call = asyncio.create_task(Hedger(delay=1.0, budget=budget).call(fn))
+    asyncio.get_running_loop().call_later(1.0, call.cancel)  # set before the timer of the hedge, so it comes first
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert (fn.begun, fn.ended, clock()) == ([0.0], ["cancelled"], 1.0)
+    assert budget.stats() == RetryBudgetStats(calls=1, granted=0, denied=0)
+
+
+async def test_an_enclosing_scope_that_is_cancelled_while_losers_clean_up_waits_for_them_in_peace() -> None:
+    first = iter([True, False])
+
+    async def fn() -> str:
+        if next(first):
+            await asyncio.sleep(2)
+            return "first"
+        try:
+            await asyncio.sleep(60)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await asyncio.sleep(1)
+        return "never"
+
+    with anyio.move_on_after(2.5):
+        assert await Hedger(delay=1.0).call(fn) == "first", "as of whatever awaits no more"
+        assert clock() == 3.0
+        await asyncio.sleep(1)
+    assert clock() == 3.0
 
 
 async def test_a_second_cancellation_while_losers_clean_up_does_not_leave_them_behind() -> None:
@@ -504,7 +538,7 @@ def test_it_works_in_one_loop_after_another() -> None:
     run(main)
 
 
-async def test_nothing_holds_results_or_errors_after_the_call() -> None:
+async def test_nothing_holds_errors_after_the_call() -> None:
     class Big(Exception):
         pass
 
@@ -515,17 +549,29 @@ async def test_nothing_holds_results_or_errors_after_the_call() -> None:
         refs.append(weakref.ref(error))
         return error
 
-    async def fails(seconds: float) -> None:
-        await asyncio.sleep(seconds)
-        raise make()
+    async def fn(seconds: list[float], fails: list[bool]) -> None:
+        slow, error = seconds.pop(0), fails.pop(0)
+        try:
+            await asyncio.sleep(slow)
+        finally:
+            if error:
+                raise make()
 
     gc.disable()
     try:
-        for delay in (1.0, 0.25):
+        for seconds, fails in [
+            ([0.5], [True]),
+            ([1.5, 1.0], [True, True]),
+            ([1.5, 1.0], [True, False]),
+            ([3.0, 1.0], [False, True]),
+            ([3.0, 1.0], [True, False]),
+        ]:
+            expected = sum(fails)
+            refs.clear()
             with contextlib.suppress(Big):
-                await Hedger(delay=delay).call(fails, 0.5)
-        await asyncio.sleep(1)  # what the loop still held of tasks that ended
-        assert [ref() for ref in refs] == [None] * 3, "there are no cycles to collect"
+                await Hedger(delay=1.0).call(fn, seconds, fails)
+            await asyncio.sleep(1)  # what the loop still held of tasks that ended
+            assert [ref() for ref in refs] == [None] * expected, "there are no cycles to collect"
     finally:
         gc.enable()
 

@@ -302,12 +302,25 @@ async def test_nothing_holds_an_error_after_the_call() -> None:
             return "done"
         raise make()
 
+    async def fails_then_hangs() -> None:
+        if not refs:
+            raise make()
+        await asyncio.sleep(60)
+
     gc.disable()
     try:
         for policy in (PLAIN, RetryPolicy(timeout=60.0, jitter=False)):
             refs.clear()
             await Retrier(policy, on=Big).call(fn)
             assert [ref() for ref in refs] == [None, None, None], "there are no cycles to collect"
+            with contextlib.suppress(Big):
+                refs.clear()
+                await Retrier(RetryPolicy(max_retries=1, timeout=policy.timeout), on=Big).call(fn)
+            assert [ref() for ref in refs] == [None, None]
+        with contextlib.suppress(CallTimeout):
+            refs.clear()
+            await Retrier(RetryPolicy(timeout=10.0, jitter=False), on=Big).call(fails_then_hangs)
+        assert [ref() for ref in refs] == [None], "also where one is the cause of a timeout"
     finally:
         gc.enable()
 
