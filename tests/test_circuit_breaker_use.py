@@ -1,6 +1,8 @@
 """CircuitBreaker with `async with` and by hand; its events, when it is idle, its settings."""
 
 import asyncio
+import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -124,6 +126,52 @@ def test_blocks_need_no_loop() -> None:
         block().send(None)
     assert stopped.value.value == "done"
     assert (breaker.stats().calls, breaker.stats().in_flight) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    "threshold", [3, FailureRate(calls=10, minimum_calls=5), FailureRate(0.2, minimum_calls=5, slow_call=1.5)]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_thousands_of_calls_in_all_forms_and_random_cancellation_lose_no_lease(
+    threshold: int | FailureRate, seed: int
+) -> None:
+    rng = random.Random(seed)
+    breaker = CircuitBreaker(threshold, reset_timeout=2.0, half_open_max=2)
+    probes: Counter[int] = Counter()  # under way, per break
+    outcomes: Counter[str] = Counter()
+
+    async def work() -> None:
+        number, probe = breaker.stats().opened, seen(breaker) is State.HALF_OPEN
+        probes[number] += probe
+        assert probes[number] <= 2
+        try:
+            await asyncio.sleep(rng.random() * 1.9)
+            if rng.random() < 0.4:
+                raise rng.choice([ConnectionError, asyncio.CancelledError])
+        finally:
+            probes[number] -= probe
+
+    decorated = breaker(work)
+
+    async def block() -> None:
+        async with breaker:
+            await work()
+
+    async def main() -> None:
+        tasks: list[asyncio.Task[None]] = []
+        for _ in range(1_500):
+            tasks.append(asyncio.create_task(rng.choice([lambda: breaker.call(work), decorated, block])()))
+            if rng.random() < 0.5:
+                await asyncio.sleep(rng.random() / 5)
+            if rng.random() < 0.1:
+                rng.choice(tasks).cancel()
+        await asyncio.wait(tasks)
+        outcomes.update("cancelled" if task.cancelled() else type(task.exception()).__name__ for task in tasks)
+
+    run(main)
+    assert set(outcomes) == {"cancelled", "ConnectionError", "CircuitOpen", "NoneType"}
+    assert breaker.stats().in_flight == 0
+    assert breaker.stats().opened > 5, "it was not much of a test"
 
 
 # --- by hand -----------------------------------------------------------------------------------------------
