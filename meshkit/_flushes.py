@@ -11,6 +11,7 @@ from meshkit.errors import Closed, OutcomeUnknown
 
 T = TypeVar("T")
 AnyFuture: TypeAlias = asyncio.Future[Any]
+_Outcomes: TypeAlias = tuple[Sequence[Any], Mapping[int, Exception]]
 
 
 class Flush(Generic[T]):
@@ -54,7 +55,7 @@ class Flushes(Generic[T]):
 
     def __init__(self, flush: Callable[[list[T]], object], name: str) -> None:
         self._flush, self._name = flush, name
-        self._tasks: set[asyncio.Task[object]] = set()
+        self._tasks: set[asyncio.Task[_Outcomes]] = set()
         self.running = 0
 
     def open(self) -> None:
@@ -65,20 +66,28 @@ class Flushes(Generic[T]):
 
     def start(self, items: list[T], futures: dict[int, AnyFuture], ended: Callable[[Flush[T]], None]) -> None:
         """Flush `items` in a task; when that has ended, or was cancelled before it began, settle and call `ended`."""
-        self.running += 1  # counted first: an eager task begins inside create_task
         flush = Flush(self, items, futures, self._context.get(_current))
-        name = f"meshkit:{self._name}:flush"
-        task = self._loop.create_task(self._run(flush), name=name, context=self._context.copy())
-        self._tasks.add(task)
 
-        def settle(task: asyncio.Task[object]) -> None:
+        def settle(results: Sequence[Any], errors: Mapping[int, Exception]) -> None:
             self.running -= 1
-            self._tasks.discard(task)
-            flush.settle(*self._outcomes(flush, task))
+            flush.settle(results, errors)
             ended(flush)
             flush.items = []  # tasks that flush has started may live on, and keep their context, which knows this flush
 
-        task.add_done_callback(settle, context=self._context)
+        def done(task: asyncio.Task[_Outcomes]) -> None:
+            self._tasks.discard(task)
+            raised = asyncio.CancelledError() if task.cancelled() else task.exception()
+            settle(*(task.result() if raised is None else self._all_failed(flush, raised)))
+
+        self.running += 1  # counted first: an eager task begins inside create_task
+        name = f"meshkit:{self._name}:flush"
+        try:
+            task = self._loop.create_task(self._run(flush), name=name, context=self._context.copy())
+        except BaseException as error:  # what stops programs, out of an eager task
+            settle(*self._all_failed(flush, error))
+            raise
+        self._tasks.add(task)
+        task.add_done_callback(done, context=self._context)
 
     def cancel(self) -> None:
         """Cancel what runs: the collector is closing."""
@@ -93,20 +102,13 @@ class Flushes(Generic[T]):
             flush = flush.outer
         return flush is not None
 
-    async def _run(self, flush: Flush[T]) -> object:
-        _current.set(flush)
-        returned = self._flush(flush.items.copy())  # whatever is done to that list, it is known what was in it
-        if inspect.isawaitable(returned):
-            return await returned
-        return returned
-
-    def _outcomes(self, flush: Flush[T], task: asyncio.Task[object]) -> tuple[Sequence[Any], Mapping[int, Exception]]:
+    async def _run(self, flush: Flush[T]) -> _Outcomes:
         """Return the results and, by position, the errors of the items that failed."""
+        _current.set(flush)
         size = len(flush.items)
-        raised = asyncio.CancelledError() if task.cancelled() else task.exception()
-        if raised is not None:
-            return (), dict.fromkeys(range(size), self._presentable(raised))
-        returned: Any = task.result()
+        returned: Any = self._flush(flush.items.copy())  # whatever is done to that list, it is known what was in it
+        if inspect.isawaitable(returned):
+            returned = await returned
         given = f"a {type(returned).__name__}"
         if isinstance(returned, Collection) and not isinstance(returned, (Mapping, AbstractSet, str, bytes)):
             results = list(cast("Collection[Any]", returned))
@@ -118,6 +120,9 @@ class Flushes(Generic[T]):
             given = f"{len(results)} results"
         message = f"{self._name}: flush returned {given} for {size} items; it must return a list of one result for each"
         return (), dict.fromkeys(flush.futures, RuntimeError(message))  # who only adds asks for no results
+
+    def _all_failed(self, flush: Flush[T], raised: BaseException) -> _Outcomes:
+        return (), dict.fromkeys(range(len(flush.items)), self._presentable(raised))
 
     def _presentable(self, raised: BaseException) -> Exception:
         """Return `raised`, or what stands for it where raising it to those who wait would mean something else."""

@@ -146,6 +146,7 @@ async def test_an_empty_collector_flushes_nothing() -> None:
         await collector.flush()
         await asyncio.sleep(100)
     assert sink.batches == []
+    assert asyncio.get_running_loop().time() == 100.0
 
 
 # --- the bound

@@ -6,6 +6,7 @@ import gc
 import itertools
 import sys
 import weakref
+from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
@@ -34,6 +35,19 @@ async def test_a_failing_flush_is_told_once_and_the_collector_goes_on() -> None:
     assert [items for items, _ in told.calls] == [[0, 1], [2, 3]]
     assert all(isinstance(error, ConnectionError) for _, error in told.calls)
     assert sink.batches == [[4, 5], [6, 7]]
+
+
+async def test_items_that_fail_with_different_errors_are_told_one_by_one() -> None:
+    told = Told()
+    same = KeyError("same")
+
+    async def flush(items: list[int]) -> list[Exception | None]:
+        return [KeyError(0), KeyError(1), same, same, None, same]
+
+    async with BatchCollector(flush, max_size=6, max_wait=1, on_error=told) as collector:
+        for item in range(6):
+            await collector.add(item)
+    assert [items for items, _ in told.calls] == [[0], [1], [2, 3, 5]]
 
 
 async def test_a_flush_that_empties_its_list_and_raises_is_told_with_all_items() -> None:
@@ -150,6 +164,20 @@ def test_an_interrupt_in_a_flush_comes_out_and_the_batch_is_told() -> None:
     with pytest.raises(KeyboardInterrupt):
         run(main)
     assert [(items, type(error)) for items, error in told.calls] == [(["a"], OutcomeUnknown)]
+
+
+async def test_results_that_cannot_be_read_are_a_failure_like_any_other() -> None:
+    class Lazy(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            raise ConnectionError("the cursor is closed")
+
+    async def flush(items: list[int]) -> Lazy:
+        return Lazy(items)
+
+    async with BatchCollector(flush, max_size=2, max_wait=1) as collector:
+        for _ in range(2):
+            results = await asyncio.gather(collector.submit(1), collector.submit(2), return_exceptions=True)
+            assert [type(result) for result in results] == [ConnectionError] * 2
 
 
 async def test_a_group_of_errors_is_told_as_it_is_unless_it_holds_a_cancellation() -> None:
@@ -351,3 +379,25 @@ def test_it_keeps_its_promises_with_eager_tasks() -> None:
         assert sink.most_running == 1
 
     run(main)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+def test_an_exit_out_of_an_eager_flush_comes_out_and_the_batch_is_told() -> None:
+    told = Told()
+
+    def flush(items: list[str]) -> None:
+        if items == ["a"]:
+            raise SystemExit(3)
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(cast("Any", asyncio).eager_task_factory)
+        loop.set_exception_handler(lambda *_: None)  # asyncio forgets that the task's exception came out
+        async with BatchCollector(flush, max_size=1, max_wait=1, on_error=told) as collector:
+            with pytest.raises(SystemExit):
+                await collector.add("a")
+            await collector.add("b")
+        assert (collector.stats().flushed, collector.stats().failed) == (1, 1)
+
+    run(main)
+    assert [(items, type(error)) for items, error in told.calls] == [(["a"], OutcomeUnknown)]
