@@ -176,7 +176,8 @@ class Circuit:
     def in_flight(self) -> int:
         """The number of leases of this generation that have not ended.
 
-        A lease is a reference to its generation: CPython has counted them already, so that a call need not.
+        A lease is a reference to its generation: CPython has counted them already, so that a call need not. (Before
+        3.13, a debugger that reads the variables of a call under way makes it count twice.)
         """
         return _references(self) - _OWN_REFERENCES
 
