@@ -19,7 +19,6 @@ import heapq
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ParamSpec, TypeVar
 
 from meshkit import _check
@@ -58,10 +57,13 @@ class SeenKeys:
     the expiry of their first key, finds the oldest key of all. A key costs no object but the float of its expiry, so
     the garbage collector has nothing to visit.
 
-    Cost: O(1) for a key that is there, amortised O(log(max_keys / 16,000)) for a new one; about 50 bytes per key.
+    Cost: O(1) for a key that is there, O(log(max_keys / 1,200)) for a new one. About 55 bytes per key while they
+    become more, up to twice that where old keys make room for new ones all the time.
     """
 
-    PER_DICT = 16_384
+    PER_DICT = 1_200
+    """Less than a dict's table of 2,048 has room for (1,365), so that a dict that is somewhat fuller fits, too."""
+    MAX_DICTS = 4_095
     SWEEP = 256
     """How many expired keys one call forgets at most."""
 
@@ -70,7 +72,7 @@ class SeenKeys:
         self.max_keys = max_keys
         self.count = 0
         # An odd number of them, lest keys that are multiples of 64 share one.
-        self._parts = max_keys // self.PER_DICT | 1
+        self._parts = min(max_keys // self.PER_DICT, self.MAX_DICTS) | 1
         self._dicts: list[dict[Hashable, float]] = [{} for _ in range(self._parts)]
         self._heap: list[tuple[float, int]] = []  # each dict that holds keys, under an expiry not after its first
         self._in_heap = bytearray(self._parts)
@@ -79,22 +81,20 @@ class SeenKeys:
     def expiry(self, key: Hashable, now: float) -> float | None:
         """Return until when `key` counts as seen, the very object that `add` was given; None if it does not."""
         expiry = self._dicts[hash(key) % self._parts].get(key)
-        # More than the ttl away, it was set by another clock: that of a loop that ran before this one.
-        return expiry if expiry is not None and now < expiry <= now + self.ttl else None
+        return expiry if expiry is not None and self._latest <= now < expiry else None
 
     def check(self, key: Hashable, now: float) -> bool:
         """Return False if `key` counts as seen; else remember it from now on for the ttl, and return True."""
         index = hash(key) % self._parts
         home = self._dicts[index]
         expiry = home.get(key)
-        until = now + self.ttl
         if expiry is None:
             self.count += 1
-        elif now < expiry <= until:
+        elif self._latest <= now < expiry:
             return False
         else:
             del home[key]  # so that it comes last in order
-        home[key] = until
+        home[key] = until = now + self.ttl
         if not self._in_heap[index]:
             self._in_heap[index] = True
             heapq.heappush(self._heap, (until, index))
@@ -107,12 +107,16 @@ class SeenKeys:
         """Remember `key` anew; `expiry` is an object of your own for now + ttl, which `expiry()` then returns."""
         self.forget(key)
         self.check(key, now)
-        self._dicts[hash(key) % self._parts][key] = expiry
+        home = self._dicts[hash(key) % self._parts]
+        if key in home:  # and not swept at once, where the ttl is less than the clock can tell
+            home[key] = expiry
 
     def evict(self) -> Hashable:
-        """Forget the oldest key, and return it."""
-        key = next(iter(self._oldest_dict() or {}))
-        self.forget(key)
+        """Forget the oldest key, and return it. There must be one."""
+        home = self._oldest_dict()
+        key = next(iter(home))
+        del home[key]
+        self.count -= 1
         return key
 
     def forget(self, key: Hashable) -> None:
@@ -124,16 +128,20 @@ class SeenKeys:
 
     def sweep(self, now: float, limit: int) -> int:
         """Forget up to `limit` expired keys, the oldest first; return how many there were."""
-        found = 0
-        while found < limit and (home := self._oldest_dict()) is not None:
-            expired = [key for key, expiry in islice(home.items(), limit - found) if expiry <= now]
+        before = self.count
+        while self.count and (room := limit - before + self.count):
+            home = self._oldest_dict()
+            expired: list[Hashable] = []
+            for key, expiry in home.items():
+                if expiry > now or len(expired) == room:
+                    break
+                expired.append(key)
             if not expired:
                 break
             for key in expired:
                 del home[key]
-            found += len(expired)
             self.count -= len(expired)
-        return found
+        return before - self.count
 
     def _tidy(self, key: Hashable, now: float) -> None:
         if now >= self._latest:
@@ -148,9 +156,9 @@ class SeenKeys:
         self._latest = now
         self.check(key, now)
 
-    def _oldest_dict(self) -> dict[Hashable, float] | None:
-        """Return the dict with the oldest key of all, None if there is no key."""
-        while self._heap:
+    def _oldest_dict(self) -> dict[Hashable, float]:
+        """Return the dict with the oldest key of all. There must be a key."""
+        while True:
             noted, index = self._heap[0]
             home = self._dicts[index]
             if not home:
@@ -160,7 +168,6 @@ class SeenKeys:
                 heapq.heapreplace(self._heap, (float(first), index))
             else:
                 return home
-        return None
 
 
 class _Done(float):
@@ -264,7 +271,8 @@ class DedupCache:
         """
         if self._in_flight(key):
             self._duplicates += 1
-            outcome = await self._wait(key)
+            flight = self._flights[key]
+            outcome = await self._wait(key, flight)
             if outcome is not None:
                 if outcome.error is not None:
                     raise outcome.error
@@ -276,27 +284,29 @@ class DedupCache:
                 self._duplicates += 1
                 remembered: T = self._result(key, expiry)
                 return remembered
-            self._flights[key] = _Flight()
+            flight = self._flights[key] = _Flight()
         try:
             result = await fn(*args, **kwargs)
         except Exception as error:
-            self._land(key, _Outcome(error=error))
+            self._land(key, flight, _Outcome(error=error))
             raise
         except BaseException:
-            self._hand_over(key)
+            self._hand_over(key, flight)
             raise
         now = self._now()
         done = _Done(now + self._keys.ttl)
         done.result = result
         self._keys.add(key, now, done)
-        self._land(key, _Outcome(result))
+        self._land(key, flight, _Outcome(result))
         if self._keys.count > self._keys.max_keys:
             self._evict()
         return result
 
     def _evict(self) -> None:
         self._evicted += 1
-        notify(self._observer, KeyEvicted(self._name, self._keys.evict()))
+        key = self._keys.evict()
+        if self._observer is not None:
+            notify(self._observer, KeyEvicted(self._name, key))
 
     def _result(self, key: Hashable, expiry: float) -> Any:
         if isinstance(expiry, _Done):
@@ -312,29 +322,32 @@ class DedupCache:
             return False
         return flight is not None
 
-    async def _wait(self, key: Hashable) -> _Outcome | None:
+    async def _wait(self, key: Hashable, flight: _Flight) -> _Outcome | None:
         turn: asyncio.Future[_Outcome | None] = asyncio.get_running_loop().create_future()
-        waiting = self._flights[key].waiting
-        waiting[turn] = None
+        flight.waiting[turn] = None
         try:
             return await turn
         except BaseException:
-            waiting.pop(turn, None)
+            flight.waiting.pop(turn, None)
             if turn.done() and not turn.cancelled() and turn.result() is None:
-                self._hand_over(key)  # it was this one's turn to run it
+                self._hand_over(key, flight)  # it was this one's turn to run it
             raise
 
-    def _hand_over(self, key: Hashable) -> None:
+    def _hand_over(self, key: Hashable, flight: _Flight) -> None:
         """Let the next who waits run it; when nobody waits, the key is free again."""
-        waiting = self._flights[key].waiting
-        while waiting:
-            turn, _ = waiting.popitem(last=False)
-            if not turn.done() and not turn.get_loop().is_closed():
+        if flight.loop.is_closed():
+            return  # what remained of its tasks is thrown away; by now the key may be another's
+        while flight.waiting:
+            turn, _ = flight.waiting.popitem(last=False)
+            if not turn.done():
                 turn.set_result(None)
                 return
         del self._flights[key]
 
-    def _land(self, key: Hashable, outcome: _Outcome) -> None:
-        for turn in self._flights.pop(key).waiting:
-            if not turn.done() and not turn.get_loop().is_closed():
+    def _land(self, key: Hashable, flight: _Flight, outcome: _Outcome) -> None:
+        if flight.loop.is_closed():
+            return
+        del self._flights[key]
+        for turn in flight.waiting:
+            if not turn.done():
                 turn.set_result(outcome)
