@@ -182,10 +182,8 @@ class KeyTimes:
         if key is _NOBODY:
             return False
         last = self._last(key)
-        if self.until(last, now) > now:
+        if self.until(last, now) > now or key in self._keep:
             self._oldest = min(self._oldest, last)
-            return False
-        if key in self._keep:
             return False
         del self._places[key]
         self._long.pop(key, None)
