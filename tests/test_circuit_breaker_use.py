@@ -330,6 +330,7 @@ async def test_idle_means_closed_nothing_remembered_and_nothing_in_flight() -> N
 
 
 async def test_a_breaker_that_nobody_calls_for_ten_breaks_becomes_idle() -> None:
+    await asyncio.sleep(1_000)
     opened = tripped(reset_timeout=10.0, max_reset_timeout=20.0)
     failed = CircuitBreaker(failure_threshold=5, reset_timeout=10.0, max_reset_timeout=20.0)
     failed.record_failure()
