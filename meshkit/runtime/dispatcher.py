@@ -42,7 +42,7 @@ class Dispatcher:
     ) -> None:
         self._counts = counts
         self._answer = answer
-        self._serving: dict[tuple[str, str], Delivery] = {}  # by caller, and id of its call
+        self.serving: dict[tuple[str, str], Delivery] = {}  # calls that wait or run, by caller and id
         self._mailboxes: dict[str, Mailbox[Delivery]] = {}  # by service
         for service in graph.services:
             self._mailboxes[service.name] = Mailbox(
@@ -88,18 +88,14 @@ class Dispatcher:
         """Put a call into the mailbox, if there is room; it will be answered."""
         if not handler.mailbox.has_room:
             return False
-        delivery = self._serving[message.sender, message.id] = Delivery(handler, message, is_call=True)
+        delivery = self.serving[message.sender, message.id] = Delivery(handler, message, is_call=True)
         self._counts.delivered += 1
         handler.mailbox.put(delivery)
         return True
 
-    def serves(self, caller: str, call_id: str) -> bool:
-        """Return whether this call is waiting or being handled."""
-        return (caller, call_id) in self._serving
-
     def cancel(self, caller: str, call_id: str) -> None:
         """Give up a call whose caller does not wait any more, unless it has been answered already."""
-        delivery = self._serving.get((caller, call_id))
+        delivery = self.serving.get((caller, call_id))
         if delivery is None:
             return
         delivery.caller_waits = False
@@ -108,11 +104,11 @@ class Dispatcher:
         else:
             delivery.handler.mailbox.discard(delivery)
             self._counts.cancelled += 1
-            del self._serving[caller, call_id]
+            del self.serving[caller, call_id]
 
     def lost(self, node: str) -> None:
         """Give up all calls of a node that has gone."""
-        for caller, call_id in [key for key in self._serving if key[0] == node]:
+        for caller, call_id in [key for key in self.serving if key[0] == node]:
             self.cancel(caller, call_id)
 
     # --- out of the mailbox, in a worker
@@ -152,7 +148,7 @@ class Dispatcher:
             answer = Failure(message.id, "cut" if handler.mailbox.closed else "failed", code="internal")
             self._interrupted(delivery, error)
         finally:
-            del self._serving[message.sender, message.id]
+            del self.serving[message.sender, message.id]
             if answer is not None and delivery.caller_waits:
                 self._answer(message.sender, answer)
 
@@ -199,10 +195,10 @@ class Dispatcher:
             message = delivery.message
             self._counts.cut[message.kind] += 1
             if delivery.is_call:
-                del self._serving[message.sender, message.id]
+                del self.serving[message.sender, message.id]
                 self._answer(message.sender, Failure(message.id, "draining"))
 
     def close(self) -> None:
         """Answer the callers of handlers that refused to end."""
-        for caller, call_id in list(self._serving):
+        for caller, call_id in list(self.serving):
             self._answer(caller, Failure(call_id, "cut"))

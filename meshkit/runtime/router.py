@@ -86,7 +86,7 @@ class Router:
         self.counts.sent += 1
         self._asked[call_id] = (to, kind)
         try:
-            raw = await self._calls.call(lambda _: self._send(to, ask), timeout=timeout, id=call_id)
+            reply = await self._calls.call(lambda _: self._send(to, ask), timeout=timeout, id=call_id)
         except CallTimeout:
             self._send_quietly(to, Cancel(call_id))
             raise CallTimeout(name=f"{kind!r} on node {to!r}", timeout=timeout) from None
@@ -96,7 +96,7 @@ class Router:
         finally:
             del self._asked[call_id]
         try:
-            return behavior.reply_decoder.decode(raw)
+            return behavior.reply_decoder.decode(reply)
         except Exception as error:
             self._log.exception("the reply of node %r to %r is not what was declared", to, kind, message_id=call_id)
             raise RemoteError(node=to, kind=kind, code="bad_reply", correlation_id=call_id) from error
@@ -158,7 +158,7 @@ class Router:
             return self._refuse(sender, ask, "no_handler")
         if self.draining and sender != self._node:
             return self._refuse(sender, ask, "draining")
-        if self.dispatcher.serves(sender, ask.id):
+        if (sender, ask.id) in self.dispatcher.serving:
             return self._drop(ask.kind, "duplicate")  # the answer to the first one answers both
         try:
             payload = handler.behavior.decoder.decode(ask.payload)

@@ -530,7 +530,7 @@ async def test_a_thousand_calls_cancelled_at_random_leave_nothing_behind(seed: i
             assert balanced(node)
             assert (stats.pending, stats.running, stats.queued) == (0, 0, 0)
             assert not cast("Any", node)._life.router._asked
-            assert not cast("Any", node)._life.router.dispatcher._serving
+            assert not cast("Any", node)._life.router.dispatcher.serving
             assert len(stash.begun) == len(stash.ended) + len(stash.cancelled)
         assert len(asyncio.all_tasks()) <= tasks_before + len(nodes), "each keeps one idle worker"
 
