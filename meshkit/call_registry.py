@@ -23,7 +23,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
 from anyio import CancelScope
 
 from meshkit import _check
-from meshkit._time import now
+from meshkit._time import Clock
 from meshkit.errors import CallTimeout, Closed, Overloaded
 from meshkit.events import Event, Observer, notify, report
 
@@ -190,6 +190,7 @@ class CallRegistry(Generic[T]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
+        self._now = Clock().now
         self._closed = False
         self._outcomes: dict[_Outcome, int] = dict.fromkeys(get_args(_Outcome), 0)
         self._ignored: dict[_Reason, int] = dict.fromkeys(get_args(_Reason), 0)
@@ -236,7 +237,7 @@ class CallRegistry(Generic[T]):
         else:
             call_id = os.urandom(16).hex() if self._rng is None else f"{self._rng.getrandbits(128):032x}"
         future: asyncio.Future[T | _Failure] = loop.create_future()
-        begun = now()
+        begun = self._now()
         wake_at = self._pending.add(call_id, future, begun + timeout)
         if wake_at < self._timer_at:
             self._set_timer(wake_at)
@@ -266,7 +267,7 @@ class CallRegistry(Generic[T]):
             raise CallTimeout(name=self._name, timeout=timeout)
         self._outcomes["replied"] += 1  # as _count does, without calling it for what is common
         if self._observer is not None:
-            notify(self._observer, CallEnded(self._name, call_id, "replied", now() - begun))
+            notify(self._observer, CallEnded(self._name, call_id, "replied", self._now() - begun))
         return outcome
 
     def resolve(self, call_id: str, response: T) -> bool:
@@ -335,7 +336,7 @@ class CallRegistry(Generic[T]):
     def _count(self, call_id: str, begun: float, outcome: _Outcome) -> None:
         self._outcomes[outcome] += 1
         if self._observer is not None:
-            notify(self._observer, CallEnded(self._name, call_id, outcome, now() - begun))
+            notify(self._observer, CallEnded(self._name, call_id, outcome, self._now() - begun))
 
     def _set_timer(self, when: float) -> None:
         if self._timer is not None:
@@ -345,7 +346,7 @@ class CallRegistry(Generic[T]):
 
     def _end(self, until: float | None = None, outcome: _Outcome = "timed_out") -> None:
         """End the calls whose deadline is up to `until` (None: now)."""
-        for future in self._pending.expire(now() if until is None else until):
+        for future in self._pending.expire(self._now() if until is None else until):
             if not future.done():
                 future.set_result(_Failure(outcome))
         self._set_timer(self._pending.wake_at())
