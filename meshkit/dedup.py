@@ -57,8 +57,7 @@ class SeenKeys:
     the expiry of their first key, finds the oldest key of all. A key costs no object but the float of its expiry, so
     the garbage collector has nothing to visit.
 
-    Cost: O(1) for a key that is there, O(log(max_keys / 1,200)) for a new one. About 55 bytes per key while they
-    become more, up to twice that where old keys make room for new ones all the time.
+    Cost: O(1) for a key that is there, O(log(max_keys / 1,200)) for a new one; 50 to 85 bytes per key.
     """
 
     PER_DICT = 1_200
@@ -202,7 +201,7 @@ class DedupCache:
     `check` and `once` share one memory; use one of them for a key. Any number of tasks of one loop may use it. When the
     clock goes back, because the next loop has another, everything is forgotten.
 
-    Cost: `check` is amortised O(1), without pauses at any size. About 50 bytes per key, and the key.
+    Cost: `check` is amortised O(1), without pauses at any size; 50 to 85 bytes per key, and the key.
     """
 
     def __init__(
