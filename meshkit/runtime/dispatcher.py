@@ -1,6 +1,7 @@
 """The dispatcher: a message waits in the mailbox of its service, a worker runs the handler, the caller is answered."""
 
 import asyncio
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -113,9 +114,9 @@ class Dispatcher:
 
     # --- out of the mailbox, in a worker
 
-    async def _run(self, delivery: Delivery) -> None:
+    async def _run(self, delivery: Delivery, scope: anyio.CancelScope) -> None:
         if delivery.is_call:
-            await self._serve(delivery)
+            await self._serve(delivery, scope)
             return
         try:
             await delivery.handler.method(delivery.message)
@@ -125,19 +126,19 @@ class Dispatcher:
         except asyncio.CancelledError as error:
             self._interrupted(delivery, error)
 
-    async def _serve(self, delivery: Delivery) -> None:
+    async def _serve(self, delivery: Delivery, scope: anyio.CancelScope) -> None:
         handler, message = delivery.handler, delivery.message
         answer: Reply | Failure | None = None
+        delivery.scope = scope
         try:
-            with anyio.CancelScope(deadline=message.deadline) as delivery.scope:
-                if message.deadline > _time.now():  # what has expired never starts
-                    reply = await handler.method(message)
-                    handler.behavior.check_reply(reply)
-                    answer = Reply(message.id, encode_payload(reply))
-            if answer is None:
+            if message.deadline <= _time.now():  # what has expired never starts
                 self._counts.cancelled += 1
-            else:
-                self._counts.handled += 1
+                return
+            scope.deadline = message.deadline
+            reply = await handler.method(message)
+            handler.behavior.check_reply(reply)
+            answer = Reply(message.id, encode_payload(reply))
+            self._counts.handled += 1
         except Reject as reject:
             self._counts.failed += 1
             answer = Failure(message.id, "failed", reject.detail, code=reject.code, retryable=reject.retryable)
@@ -145,9 +146,13 @@ class Dispatcher:
             self._failed(delivery, error)
             answer = Failure(message.id, "failed", code="internal")
         except asyncio.CancelledError as error:
+            if scope.cancel_called and not handler.mailbox.closed:
+                self._counts.cancelled += 1
+                raise
             answer = Failure(message.id, "cut" if handler.mailbox.closed else "failed", code="internal")
             self._interrupted(delivery, error)
         finally:
+            scope.deadline = math.inf
             del self.serving[message.sender, message.id]
             if answer is not None and delivery.caller_waits:
                 self._answer(message.sender, answer)

@@ -15,6 +15,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+import anyio
+
 from meshkit.errors import Closed, Overloaded
 
 __all__ = ["Mailbox"]
@@ -23,7 +25,10 @@ T = TypeVar("T")
 
 
 class Mailbox(Generic[T]):
-    """A bounded queue of items, and workers that `run` them. It begins closed; `open` lets the workers in."""
+    """A bounded queue of items, and workers that `run(item, scope)` them. Nothing is begun before `open`.
+
+    The scope is the worker's own, kept from item to item; to set its deadline, or to cancel it, ends the present item.
+    """
 
     FAIRNESS = 32
     """Items that a worker takes before it lets other tasks run, if no handler waits for anything."""
@@ -31,7 +36,7 @@ class Mailbox(Generic[T]):
     def __init__(
         self,
         name: str,
-        run: Callable[[T], Coroutine[Any, Any, None]],
+        run: Callable[[T, anyio.CancelScope], Coroutine[Any, Any, None]],
         spawn: Callable[[Callable[[], Coroutine[Any, Any, None]], str], "asyncio.Task[None]"],
         *,
         max_mailbox: int,
@@ -146,39 +151,46 @@ class Mailbox(Generic[T]):
     async def _work(self) -> None:
         try:
             while True:
-                self._waking = False  # this one runs
-                await self._take_all()
-                if self._idle is not None or self.closed:
-                    return  # one idle worker is enough
-                self._idle = asyncio.get_running_loop().create_future()
-                try:
-                    await self._idle
-                finally:
-                    self._idle = None
+                with anyio.CancelScope() as scope:
+                    await self._take(scope)
+                if not scope.cancel_called:
+                    return
         finally:
             self._workers = {task for task in self._workers if task is not asyncio.current_task()}
             self._waking = False
             if self._items and not self.closed:  # a handler cancelled its own worker: the others go on
                 self._wake()
 
-    async def _take_all(self) -> None:
+    async def _take(self, scope: anyio.CancelScope) -> None:
+        """Take items until another worker is idle, since one is enough; or until `scope` was cancelled with an item."""
         taken = 0
-        while self._items:
-            item = self._items.popleft()
-            if self._waiters:
-                self._admit()
-            if self._items and not self._waking:
-                self._wake()
-            self.running += 1
+        while True:
+            self._waking = False  # this one runs
+            while self._items:
+                item = self._items.popleft()
+                if self._waiters:
+                    self._admit()
+                if self._items and not self._waking:
+                    self._wake()
+                self.running += 1
+                try:
+                    await self._run(item, scope)
+                finally:
+                    self.running -= 1
+                    if self._quiet is not None:
+                        self._notice_quiet()
+                if scope.cancel_called:
+                    return
+                taken += 1
+                if taken % self.FAIRNESS == 0:
+                    await asyncio.sleep(0)
+            if self._idle is not None or self.closed:
+                return
+            self._idle = asyncio.get_running_loop().create_future()
             try:
-                await self._run(item)
+                await self._idle
             finally:
-                self.running -= 1
-                if self._quiet is not None:
-                    self._notice_quiet()
-            taken += 1
-            if taken % self.FAIRNESS == 0:
-                await asyncio.sleep(0)
+                self._idle = None
 
     # --- the end
 

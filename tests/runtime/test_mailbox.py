@@ -2,6 +2,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import anyio
 import pytest
 from hypothesis import given, strategies as st
 
@@ -27,7 +28,7 @@ class Boxed:
         self.most = 0
         self._handler = handler or asyncio.sleep
 
-    async def _run(self, item: Any) -> None:
+    async def _run(self, item: Any, _scope: anyio.CancelScope) -> None:
         self.begun.append(item)
         self.most = max(self.most, self.box.running)
         await self._handler(item)
