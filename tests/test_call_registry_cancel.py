@@ -251,7 +251,7 @@ def test_ten_thousand_calls_with_random_cancellation_leave_an_empty_table() -> N
 TIMES = st.integers(0, 40).map(lambda number: number / 8)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(
     calls=st.lists(
         st.fixed_dictionaries(

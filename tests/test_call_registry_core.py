@@ -103,7 +103,7 @@ class PendingCallsMachine(RuleBasedStateMachine):
 
 
 TestPendingCalls = PendingCallsMachine.TestCase
-TestPendingCalls.settings = settings(max_examples=100, stateful_step_count=40)
+TestPendingCalls.settings = settings(max_examples=60, stateful_step_count=30)
 
 
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=60))
