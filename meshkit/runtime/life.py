@@ -1,4 +1,4 @@
-"""A life: one run of a node, from its start to its stop. `Life.live` reads from top to bottom."""
+"""A life: one run of a node, from its start to its stop. `_live` reads from top to bottom."""
 
 import asyncio
 import functools

@@ -33,8 +33,8 @@ class Message(msgspec.Struct, Generic[T_co], frozen=True):
 
 
 def check_name(what: str, name: object) -> str:
-    """Return `name`, which must be text without spaces, since it becomes part of task names, errors and log lines."""
-    if not isinstance(name, str) or not name or any(character.isspace() for character in name):
+    """Return `name`, which must be printable text without spaces: task names, errors and log lines show it."""
+    if not isinstance(name, str) or not name or not name.isprintable() or " " in name:
         raise ValueError(f"{what} must be text without spaces, not {name!r}")
     return name
 

@@ -29,6 +29,8 @@ __all__ = ["Router"]
 P = TypeVar("P")
 R = TypeVar("R")
 
+_LONGEST = 1e9  # seconds that a call may wait, as far as other nodes are told
+
 
 class Router:
     """The way of messages through one node, from its start to its stop."""
@@ -81,8 +83,8 @@ class Router:
         behavior.check(payload)
         kind, call_id = behavior.kind, self._new_id()
         remaining = min(_check.duration("timeout", timeout), anyio.current_effective_deadline() - _time.now())
-        milliseconds = int(max(0.0, remaining) * 1000)  # the deadline of a scope that has been cancelled is -infinity
-        ask = Ask(call_id, kind, _time.wall(), milliseconds, encode_payload(payload))
+        remaining = max(0.0, min(remaining, _LONGEST))  # the deadline of a scope that has been cancelled is -infinity
+        ask = Ask(call_id, kind, _time.wall(), int(remaining * 1000), encode_payload(payload))
         self.counts.sent += 1
         self._asked[call_id] = (to, kind)
         try:
@@ -113,6 +115,8 @@ class Router:
             self._send(to, wire)
         except MeshkitError as error:
             self._log.debug("%s for node %r was not sent: %s", type(wire).__name__, to, error)
+        except Exception:  # noqa: BLE001 - a transport that fails must not take with it who answers
+            self._log.exception("%s for node %r was not sent: the transport failed", type(wire).__name__, to)
 
     # --- what comes in
 

@@ -49,7 +49,7 @@ def test_a_behavior_pickles_whether_it_has_been_used_or_not() -> None:
     assert pickle.loads(pickle.dumps(made)) == made
 
 
-@pytest.mark.parametrize("kind", ["", "a b", "a\n", 3, None])
+@pytest.mark.parametrize("kind", ["", "a b", "a\n", "a\u2003b", "\x1b[31m", "\ud800", 3, None])
 def test_a_kind_is_text_without_spaces(kind: Any) -> None:
     with pytest.raises(ValueError, match="the kind of a behavior must be text without spaces"):
         local(kind, int)
@@ -185,6 +185,10 @@ def test_a_reject_needs_a_code(code: Any) -> None:
 def test_a_reject_cannot_pass_for_an_accident(code: str) -> None:
     with pytest.raises(ValueError, match=f"the code of a Reject cannot be '{code}', which says that nobody chose"):
         Reject(code)
+
+
+def test_the_detail_of_a_reject_can_always_travel() -> None:
+    assert Reject("missing", "no file \udcff").detail == "no file \\udcff"
 
 
 def test_a_reject_pickles() -> None:

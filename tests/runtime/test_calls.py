@@ -21,10 +21,10 @@ from meshkit.errors import (
     RemoteError,
     Unreachable,
 )
-from meshkit.runtime import Message, Service, handles, request
+from meshkit.runtime import Message, Runtime, Service, handles, request
 from meshkit.runtime.wire import Ask, Cancel, Failure, Reply, encode, encode_payload
 from meshkit.testing import CancellationPoint
-from meshkit.transports import MemoryHub
+from meshkit.transports import MemoryHub, MemoryTransport
 from tests.runtime.nodes import ODD, SLEEP, STORE, TEASE, Node, Stash, Store, StoreAck, everywhere, mesh
 from tests.runtime.test_messages import balanced, settle
 
@@ -184,6 +184,27 @@ async def test_who_has_gone_gets_no_answer_and_nobody_minds() -> None:
         alice.logger.set_service_verbose("runtime", True)
         hub.send("zoe", "alice", encode(Ask("id", "x:unknown", 0.0, 1000, encode_payload(1))))
         assert "Failure for node 'zoe' was not sent: node 'zoe' cannot be reached" in alice.logged
+
+
+async def test_a_transport_that_fails_to_send_an_answer_does_not_take_the_worker_with_it() -> None:
+    class Broken(MemoryTransport):
+        def send(self, to: str, frame: bytes) -> None:
+            raise OSError("cable cut")
+
+    hub, node = MemoryHub(), Node("x")
+    bob = Runtime("bob", [Stash()], transport=Broken(hub), logger=node.logger)
+    async with Node("alice", hub=hub) as alice, bob:
+        for _ in range(3):
+            with pytest.raises(CallTimeout):
+                await alice.call(STORE, Store("x"), to="bob", timeout=1)
+        assert node.logged.count("Reply for node 'alice' was not sent: the transport failed") == 3
+        assert "OSError: cable cut" in node.logged
+        assert bob.stats().handled == 3
+
+
+async def test_a_call_may_wait_for_ages(to: str) -> None:
+    async with mesh("alice", "bob") as (_, [alice, _], _):
+        assert (await alice.call(STORE, Store("x"), to=to, timeout=1e300)).size == 0
 
 
 async def test_a_timeout_ends_the_call_and_the_handler(to: str) -> None:
