@@ -81,8 +81,8 @@ class SharedRun(Generic[T]):
 
     @property
     def open(self) -> bool:
-        """Whether it can be joined: it has not ended, and will not because everybody left."""
-        return not (self.task.done() or self._abandoned)
+        """Whether it can be joined: it has not ended, and is not ending because everybody left or is out of time."""
+        return not (self.task.done() or self._abandoned or self._scope.cancel_called)
 
     async def _run(self, fn: Callable[[], Awaitable[T]]) -> T:
         start = now()

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Protocol
 
 from meshkit._time import Clock, running_loop
@@ -77,6 +77,14 @@ class Line:
             del self.waiters[waiter]
         return None
 
+    def set_timer(self, due: float | None, callback: Callable[["Line"], None]) -> None:
+        """Have `callback` called at the time `due`, and at no other."""
+        if self.timer is not None and self.timer.when() != due:
+            self.timer.cancel()
+            self.timer = None
+        if self.timer is None and due is not None:
+            self.timer = self.loop.call_at(due, callback, self)
+
     def due(self, cost: int, now: float) -> float:
         """Return when a request will be admitted that joins now."""
         # They are served a little later than planned, since timers are late. So no plan gets older than its line.
@@ -113,8 +121,7 @@ class Lines(dict[Hashable, Line]):
         line = self.get(key)
         if line is None or (line.waiters and not line.loop.is_closed()):
             return line
-        if line.timer is not None:
-            line.timer.cancel()
+        line.set_timer(None, self._on_timer)
         del self[key]
         return None
 
@@ -160,13 +167,9 @@ class Lines(dict[Hashable, Line]):
         if line.loop is not running_loop():
             return  # its timer will do it, in its own time
         due = line.serve(self._clock.now())
-        if line.timer is not None and line.timer.when() != due:
-            line.timer.cancel()
-            line.timer = None
+        line.set_timer(due, self._on_timer)
         if due is None:
             self.pop(line.key, None)
-        elif line.timer is None:
-            line.timer = line.loop.call_at(due, self._on_timer, line)
 
     def _on_timer(self, line: Line) -> None:
         line.timer = None

@@ -225,7 +225,9 @@ class RateLimiter(Guard):
         now = self._clock.now()
         due = self._lines.due(key, cost, now)
         wait = due - now
-        while now + wait < due:  # the difference was rounded down
+        while now + wait > due:  # the difference was rounded up
+            wait = math.nextafter(wait, 0.0)
+        while now + wait < due:
             wait = math.nextafter(wait, math.inf)
         return wait
 

@@ -1,7 +1,7 @@
 """The core against naive models: exact to the last bit of a float, and bounded without forgetting what counts."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from fractions import Fraction
 from random import Random
 
@@ -42,57 +42,55 @@ class Naive:
         self.admitted[key] = [*self.counting(key, now), (Fraction(now) + self.window, now, cost)]
 
 
-@st.composite
-def schedules(draw: st.DrawFn) -> tuple[float, float, list[float]]:
-    """A window, a start, and the steps in time between requests: mostly such that edges are hit, or just missed."""
-    window = draw(WINDOWS)
-    fractions = [0.0, window, window / 2, window / 3, window / 10, window * 0.99, window * 3, 5e-324]
-    step = st.one_of(st.sampled_from(fractions), st.floats(0, window * 1.5))
-    return window, draw(STARTS), draw(st.lists(step, min_size=1, max_size=25))
+def times(random: Random, window: float, start: float, length: int) -> Iterator[float]:
+    """Yield times that mostly hit the edges of windows, or just miss them."""
+    now = start
+    for _ in range(length):
+        yield now
+        part = random.choice([0.0, 0.0, 1.0, 0.5, 1 / 3, 0.1, 0.99, 3.0, random.uniform(0, 1.5)])
+        now += window * part
+        now = random.choice([now, now, now, math.nextafter(now, math.inf)])
 
 
-@settings(max_examples=1000)
-@given(schedules(), COUNTS, st.integers(0, 2**32).map(Random))
-def test_no_interval_ever_holds_more_than_max_count(
-    schedule: tuple[float, float, list[float]], max_count: int, random: Random
-) -> None:
-    window, now, steps = schedule
-    limiter = SlidingWindow(max_count, window)
-    admitted = []
-    for step in steps:
-        now += step
-        for _ in range(random.choice([1, 1, 2, min(max_count, 18) + 1])):
-            cost = random.choice([1, 1, 1, max(1, max_count // 2), max_count])
-            if limiter.admit("key", now, cost):
-                admitted.append((now, cost))
-    units = [time for time, cost in admitted for _ in range(cost)]
-    pairs = list(zip(units, units[max_count:], strict=False))  # one interval that holds both holds one too many
-    assert all(Fraction(later) - Fraction(earlier) >= Fraction(window) for earlier, later in pairs)
-    # And as a user would check it, in floats.
-    assert all(later - earlier >= window for earlier, later in pairs)
-    assert all(later >= earlier + window for earlier, later in pairs)
+def a_cost(random: Random, max_count: int) -> int:
+    return random.choice([1, 1, 1, max(1, max_count // 2), max_count])
 
 
-@settings(max_examples=250)
-@given(schedules(), COUNTS, st.integers(0, 2**32).map(Random))
-def test_every_decision_is_that_of_the_naive_model(
-    schedule: tuple[float, float, list[float]], max_count: int, random: Random
-) -> None:
-    window, now, steps = schedule
+@settings(max_examples=400)
+@given(WINDOWS, STARTS, COUNTS, st.integers(0, 2**32))
+def test_no_interval_ever_holds_more_than_max_count(window: float, start: float, max_count: int, seed: int) -> None:
+    for schedule in range(10):  # 4,000 in all
+        random = Random(seed + schedule)
+        limiter = SlidingWindow(max_count, window)
+        units: list[float] = []
+        for now in times(random, window, start, 15):
+            for _ in range(random.choice([1, 1, 2, min(max_count, 18) + 1])):
+                cost = a_cost(random, max_count)
+                if limiter.admit("key", now, cost):
+                    units += [now] * cost
+        for earlier, later in zip(units, units[max_count:], strict=False):  # one interval with both has one too many
+            assert later - earlier >= window
+            assert later >= earlier + window
+            assert later - earlier > window * 1.01 or Fraction(later) - Fraction(earlier) >= Fraction(window)
+
+
+@settings(max_examples=200)
+@given(WINDOWS, STARTS, COUNTS, st.integers(0, 2**32))
+def test_every_decision_is_that_of_the_naive_model(window: float, start: float, max_count: int, seed: int) -> None:
+    random = Random(seed)
     limiter, naive = SlidingWindow(max_count, window), Naive(max_count, window)
-    for step in steps:
-        now += step
+    for now in times(random, window, start, 20):
         for _ in range(random.choice([1, 1, 2, min(max_count, 18) + 1])):
-            key = random.choice("aab")
-            cost = random.choice([1, 1, 1, max(1, max_count // 2), max_count])
+            key, cost = random.choice("aab"), a_cost(random, max_count)
             expected = naive.fits(key, now, cost)
             free_at = limiter.free_at(key, now, cost)
             assert (free_at <= now) == expected
             if free_at > now:  # exactly then, and not a float before
+                just_before = math.nextafter(free_at, -math.inf)
                 assert naive.fits(key, free_at, cost)
-                assert not naive.fits(key, math.nextafter(free_at, -math.inf), cost)
+                assert not naive.fits(key, just_before, cost)
                 assert limiter.fork(key).admit(key, free_at, cost)
-                assert not limiter.fork(key).admit(key, math.nextafter(free_at, -math.inf), cost)
+                assert not limiter.fork(key).admit(key, just_before, cost)
             assert limiter.admit(key, now, cost) == expected
             if expected:
                 naive.admit(key, now, cost)
@@ -162,11 +160,11 @@ class Keys(RuleBasedStateMachine):
             assert self.limiter.refused_keys == self.refused
 
 
-Keys.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
+Keys.TestCase.settings = settings(max_examples=50, stateful_step_count=30)
 TestKeys = Keys.TestCase
 
 
-@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=80), st.sampled_from([1, 3, 17]), WINDOWS)
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=30), st.sampled_from([1, 3, 17]), WINDOWS)
 def test_clocks_that_jump_neither_break_anything_nor_lock_anyone_out(
     times: list[float], max_count: int, window: float
 ) -> None:
@@ -221,7 +219,7 @@ def test_a_window_too_small_for_the_clock_still_separates() -> None:
 
 def test_what_has_left_the_window_takes_little_memory() -> None:
     limiter = SlidingWindow(10**9, 1.0)
-    for step in range(20_000):
+    for step in range(10_000):
         assert limiter.admit("busy", step / 1000)
     assert 1000 <= len(limiter.of("busy")) <= 2 * 1000 + 64
     limiter.admit("busy", 20.0, cost=5000)
@@ -232,7 +230,7 @@ def test_what_has_left_the_window_takes_little_memory() -> None:
 @pytest.mark.parametrize("max_count", [1, 10, 1000])
 def test_a_spray_of_keys_leaves_few_that_are_not_limited(max_count: int) -> None:
     limiter = SlidingWindow(max_count, 1.0)
-    for step in range(20_000):
+    for step in range(10_000):
         assert limiter.admit(f"key {step}", step / 1000)
         assert len(limiter) <= 2 * 1000 + 4
 
