@@ -4,7 +4,7 @@ import asyncio
 import contextvars
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence, Set as AbstractSet
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from meshkit._time import now
 from meshkit.errors import Closed, OutcomeUnknown
@@ -110,8 +110,9 @@ class Flushes(Generic[T]):
         if inspect.isawaitable(returned):
             returned = await returned
         given = f"a {type(returned).__name__}"
-        if isinstance(returned, Collection) and not isinstance(returned, (Mapping, AbstractSet, str, bytes)):
-            results = list(cast("Collection[Any]", returned))
+        is_series = isinstance(returned, Collection) and not isinstance(returned, (Mapping, AbstractSet, str, bytes))
+        if is_series:
+            results: list[Any] = list(returned)
             if len(results) == size:
                 if not any(issubclass(kind, BaseException) for kind in set(map(type, results))):
                     return results, {}  # seen by their types: that takes half the time of the next line
