@@ -110,8 +110,7 @@ class Flushes(Generic[T]):
         if inspect.isawaitable(returned):
             returned = await returned
         given = f"a {type(returned).__name__}"
-        is_series = isinstance(returned, Collection) and not isinstance(returned, (Mapping, AbstractSet, str, bytes))
-        if is_series:
+        if _is_series(returned):
             results: list[Any] = list(returned)
             if len(results) == size:
                 if not any(issubclass(kind, BaseException) for kind in set(map(type, results))):
@@ -133,3 +132,8 @@ class Flushes(Generic[T]):
         error.__cause__ = raised
         error.add_note(f"flush of {self._name} ended with {type(raised).__name__}")
         return error
+
+
+def _is_series(value: object) -> bool:
+    """Return whether `value` is a collection of results; a text or a mapping is one too, but hardly means that."""
+    return isinstance(value, Collection) and not isinstance(value, (Mapping, AbstractSet, str, bytes))
