@@ -1,6 +1,7 @@
 """Calls: replies, every way to fail, deadlines that travel, cancellation that travels."""
 
 import asyncio
+import contextlib
 import random
 from typing import Any, cast
 
@@ -236,6 +237,33 @@ async def test_a_cancelled_caller_cancels_the_handler(to: str) -> None:
         await settle()
         assert call.cancelled()
         assert [stash.cancelled for stash in stashes if stash.begun] == [[100.0]]
+
+
+async def test_a_handler_that_swallows_its_cancellation_does_not_pass_it_on_to_the_next_message() -> None:
+    class Swallows(Service):
+        name = "swallows"
+        max_concurrent = 1
+
+        @handles(SLEEP)
+        async def sleep(self, msg: Message[float]) -> float:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(msg.payload)
+            return anyio.current_effective_deadline() - now()
+
+        @handles(TEASE)
+        async def tease(self, msg: Message[str]) -> None:
+            await asyncio.sleep(1)
+            teases.append(msg.payload)
+
+    teases: list[str] = []
+    async with Node("alice", Swallows()) as alice:
+        for _ in range(3):
+            with pytest.raises(CallTimeout):
+                await alice.call(SLEEP, 10.0, to="alice", timeout=1)
+            await alice.emit(TEASE, "x")
+            assert await alice.call(SLEEP, 1.0, to="alice", timeout=5) == 3
+        assert teases == ["x", "x", "x"]
+        assert balanced(alice)
 
 
 async def test_a_call_that_still_waits_in_the_mailbox_leaves_it_with_its_caller(to: str) -> None:
