@@ -166,7 +166,7 @@ class Mailbox(Generic[T]):
         taken = 0
         while True:
             self._waking = False  # this one runs
-            while self._items:
+            while self._items and not scope.cancel_called:
                 item = self._items.popleft()
                 if self._waiters:
                     self._admit()
@@ -179,12 +179,10 @@ class Mailbox(Generic[T]):
                     self.running -= 1
                     if self._quiet is not None:
                         self._notice_quiet()
-                if scope.cancel_called:
-                    return
                 taken += 1
                 if taken % self.FAIRNESS == 0:
                     await asyncio.sleep(0)
-            if self._idle is not None or self.closed:
+            if scope.cancel_called or self._idle is not None or self.closed:
                 return
             self._idle = asyncio.get_running_loop().create_future()
             try:
