@@ -21,6 +21,10 @@ class Window(Protocol):
         """Return when a request will fit."""
         ...
 
+    def check_cost(self, cost: int) -> None:
+        """Raise `ValueError` if `cost` could never fit."""
+        ...
+
     def remove(self, key: Hashable, time: float, count: int = 1) -> None:
         """Take back what was admitted at `time`."""
         ...
@@ -109,8 +113,9 @@ class Lines(dict[Hashable, Line]):
         self.waiting = 0
         self._clock = clock
 
-    def clear_way(self, key: Hashable) -> bool:
-        """Serve those who wait for `key` as far as possible; return whether a request would be the next."""
+    def clear_way(self, key: Hashable, cost: int) -> bool:
+        """Serve those who wait for `key` as far as possible; return whether a request of `cost` would be the next."""
+        self.window.check_cost(cost)
         line = self.of(key)
         if line is not None:
             self._serve(line)

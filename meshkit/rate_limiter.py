@@ -90,6 +90,7 @@ class SlidingWindow(KeyTimes):
         self.max_count = _check.count("max_count", max_count)
         self.refused_keys = 0
         super().__init__(max_count, _check.duration("window", window), _check.count("max_keys", max_keys), keep)
+        self._is_ring = self._ring == self.max_count  # so that a full ring is a key at its limit
 
     def admit(self, key: Hashable, now: float, cost: int = 1) -> bool:
         """Admit a request if it fits, and return whether it did."""
@@ -101,8 +102,8 @@ class SlidingWindow(KeyTimes):
             return self._admit_other(key, now, cost)
         cells = self._cells
         end = cells[place] + self.window
-        if end >= now and (now < end <= now + self._horizon or self.until(cells[place], now) > now):
-            if self._ring == self.max_count:
+        if now <= end <= now + self._horizon and (end > now or self.until(cells[place], now) > now):
+            if self._is_ring:
                 return False
             self.add(key, now)
             return True
@@ -201,10 +202,8 @@ class RateLimiter(Guard):
         Raises:
             ValueError: `cost` is more than `max_count`, or less than 1.
         """
-        if (not self._lines or self._lines.clear_way(key)) and self._window.admit(key, self._clock.now(), cost):
+        if (not self._lines or self._lines.clear_way(key, cost)) and self._window.admit(key, self._clock.now(), cost):
             return True
-        if cost != 1:
-            self._window.check_cost(cost)
         if self._observer is None:
             self._denied += 1
         else:
@@ -261,7 +260,7 @@ class RateLimiter(Guard):
             Overloaded: `max_waiting` requests wait already.
             ValueError: `cost` is more than `max_count`, or less than 1.
         """
-        if (not self._lines or self._lines.clear_way(key)) and self._window.admit(key, self._clock.now(), cost):
+        if (not self._lines or self._lines.clear_way(key, cost)) and self._window.admit(key, self._clock.now(), cost):
             return
         await self._wait(key, cost)
 
@@ -332,7 +331,6 @@ class RateLimiter(Guard):
 
     async def _wait(self, key: Hashable, cost: int) -> None:
         now = self._clock.now()
-        self._window.check_cost(cost)
         if key not in self._lines and key not in self._window:
             raise self._deny(key, cost, self._refusal(key, cost))
         if self._lines.waiting >= self._max_waiting:

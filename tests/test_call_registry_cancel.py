@@ -104,6 +104,18 @@ def test_nothing_is_left_wherever_a_call_is_cancelled(way: Callable[[Registry], 
         run(lambda point=point: scenario(point))  # type: ignore[misc]  # mypy cannot infer a lambda with a default
 
 
+async def test_a_cancelled_call_takes_the_timer_with_it_if_it_was_the_last() -> None:
+    registry: Registry = CallRegistry()
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualTimeLoop)
+    calls = [asyncio.create_task(registry.call(lambda _: None)) for _ in range(2)]
+    await asyncio.sleep(1)
+    for call, left in zip(calls, (1, 0), strict=True):
+        call.cancel()
+        await asyncio.wait([call])
+        assert len(loop.live_timers()) == left
+
+
 async def test_a_cancellation_wins_over_a_response_that_has_just_come_and_the_response_counts_as_late() -> None:
     registry: Registry = CallRegistry()
     call = asyncio.create_task(registry.call(lambda _: None, id="1"))
