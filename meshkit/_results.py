@@ -118,7 +118,7 @@ class SharedRun(Generic[T]):
         if self._callers or self.task.done():
             return False
         self._abandoned = True
-        if not self.loop.is_closed():
+        if not (self.loop.is_closed() or self._scope.cancel_called):  # once is enough: it may be cleaning up
             self.task.cancel()
         return True
 

@@ -427,6 +427,31 @@ async def test_a_call_that_cleans_up_after_the_deadline_is_awaited() -> None:
     assert now() == 4.0
 
 
+async def test_a_call_that_is_out_of_time_already_is_not_cancelled_in_its_cleaning_up() -> None:
+    limiter = RateLimiter(10, 10.0)
+    cleaned: list[float] = []
+
+    async def tidy() -> None:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await asyncio.sleep(1)
+            cleaned.append(now())
+
+    async def caller() -> None:
+        with anyio.fail_after(3) as scope:
+            asyncio.get_running_loop().call_at(1, lambda: setattr(scope, "deadline", 100))
+            await limiter.call_or_cached("bob", tidy)
+
+    task = asyncio.create_task(caller())
+    await asyncio.sleep(3.5)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    assert cleaned == [4.0] == [now()]
+
+
 async def test_a_deadline_that_is_moved_too_late_is_a_timeout() -> None:
     limiter = RateLimiter(10, 10.0, name="ping")
     with anyio.fail_after(3) as scope:

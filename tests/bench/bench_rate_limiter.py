@@ -2,7 +2,7 @@
 
 What `allow` takes beyond the bare window: reading the clock of whatever loop runs (0.4 to 0.5 of it), being two calls
 where the bare one is a single one (0.4), and cells in one array instead of a deque per key (0.2 to 0.3), which is the
-price of having no pauses. On Python 3.11 the goal is missed by about a tenth; from 3.12 on it is just about met.
+price of having no pauses. The goal is missed by about a tenth, on 3.13 by less.
 """
 
 import asyncio
