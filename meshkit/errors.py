@@ -36,6 +36,7 @@ __all__ = [
     "MeshkitError",
     "NoHandler",
     "NoQuorum",
+    "NotAccepted",
     "OutcomeUnknown",
     "Overloaded",
     "PeerLost",
@@ -208,6 +209,18 @@ class NoHandler(Refused):
 
     def _sentence(self) -> str:
         return f"node {self.node!r} has no handler for {self.kind!r}"
+
+
+@dataclass(eq=False, kw_only=True)
+class NotAccepted(Refused):
+    """The node handles this kind of message, but it did not take this one."""
+
+    kind: str
+    node: str
+    reason: str
+
+    def _sentence(self) -> str:
+        return f"node {self.node!r} did not take this {self.kind!r}: {self.reason}"
 
 
 @dataclass(eq=False, kw_only=True)

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from meshkit import _check
-from meshkit.runtime.behavior import Behavior, Local, Request, behaviors_of
+from meshkit.runtime.behavior import Behavior, Local, Request
+from meshkit.runtime.handling import behaviors_of
 from meshkit.runtime.mailbox import Mailbox
 from meshkit.runtime.message import check_name
+from meshkit.runtime.routes import Route
 from meshkit.runtime.service import Service
 
 __all__ = ["Graph", "Handler"]
@@ -17,7 +19,7 @@ __all__ = ["Graph", "Handler"]
 class Handler:
     """One method of one service, for one behavior."""
 
-    __slots__ = ("behavior", "mailbox", "method", "service")
+    __slots__ = ("behavior", "ended", "mailbox", "method", "name", "queued", "service")
 
     mailbox: Mailbox[Any]
     """Where its messages wait; set when the node starts."""
@@ -26,13 +28,15 @@ class Handler:
         self.service = service
         self.method = method
         self.behavior = behavior
+        self.name = f"{service.name}.{method.__name__}"
+        self.queued, self.ended = f"queued for {self.name}", f"handled by {self.name}"
 
     def __repr__(self) -> str:
-        return f"{self.service.name}.{self.method.__name__}"
+        return self.name
 
 
 class Graph:
-    """The handlers of a node by kind: one for each request, any number for other kinds.
+    """The routes of a node, by kind and version.
 
     Raises:
         ValueError: Something is declared wrongly; the message names every fault, with its service and kind.
@@ -41,22 +45,27 @@ class Graph:
     def __init__(self, node: str, services: Sequence[Service]) -> None:
         self.services = tuple(services)
         self.handlers: list[Handler] = []
-        self.requests: dict[str, Handler] = {}
-        self.broadcasts: dict[str, list[Handler]] = {}
-        self._local: dict[str, list[Handler]] = {}
+        self.routes: dict[tuple[str, int], Route] = {}
+        self.kinds: dict[str, Behavior[Any]] = {}  # the newest version of each
         faults = list(_faults_of_services(services))
         if not faults:
             faults = [fault for service in services for fault in self._add(service)]
+        if not faults:
+            faults = [fault for behavior in self.kinds.values() for fault in self._route(behavior)]
         if faults:
             raise ValueError("\n  ".join([f"node {node!r} cannot start:", *faults]))
 
-    def local_handlers(self, behavior: Local[Any]) -> Sequence[Handler]:
-        """Return the handlers of a local kind, which must declare it as it is emitted."""
-        handlers = self._local.get(behavior.kind, ())
-        for handler in handlers:
-            if handler.behavior is not behavior and handler.behavior != behavior:
-                raise ValueError(f"{behavior!r} is emitted, but {handler!r} handles {handler.behavior!r}")
-        return handlers
+    @property
+    def requests(self) -> tuple[str, ...]:
+        """The kinds of requests that are handled here."""
+        return tuple(kind for kind, behavior in self.kinds.items() if isinstance(behavior, Request))
+
+    def local_route(self, behavior: Local[Any]) -> Route | None:
+        """Return the route of a local kind, whose handlers must declare it as it is emitted; None without handlers."""
+        route = self.routes.get((behavior.kind, 1))
+        if route is not None and route.behavior is not behavior and route.behavior != behavior:
+            raise ValueError(f"{behavior!r} is emitted, but {route.handlers[0]!r} handles {route.behavior!r}")
+        return route
 
     def _add(self, service: Service) -> Iterator[str]:
         """Add the handlers of a service; yield what is wrong with them."""
@@ -67,25 +76,40 @@ class Graph:
                 handler = Handler(service, getattr(service, name), behavior)
                 yield from (f"{where}: {behavior.kind!r} {fault}" for fault in self._faults_of(handler))
                 self.handlers.append(handler)
-                if isinstance(behavior, Request):
-                    self.requests[behavior.kind] = handler
-                else:
-                    by_kind = self._local if isinstance(behavior, Local) else self.broadcasts
-                    by_kind.setdefault(behavior.kind, []).append(handler)
 
     def _faults_of(self, handler: Handler) -> Iterator[str]:
         behavior: Behavior[Any] = handler.behavior
+        newest = self.kinds.setdefault(behavior.kind, behavior)
+        if newest in behavior.versions:
+            self.kinds[behavior.kind] = behavior
+        elif behavior not in newest.versions:
+            other = next(other for other in self.handlers if other.behavior.kind == behavior.kind)
+            yield f"is declared as {behavior!r} here, and as {other.behavior!r} for {other!r}"
         for other in self.handlers:
-            if other.behavior.kind != behavior.kind:
-                continue
-            if other.behavior != behavior:
-                yield f"is declared as {behavior!r} here, and as {other.behavior!r} for {other!r}"
-            elif other.service is handler.service or isinstance(behavior, Request):
+            if other.behavior == behavior and (other.service is handler.service or isinstance(behavior, Request)):
                 yield f"is handled by {other!r} already"
-        try:
-            behavior.prepare()
-        except Exception as error:  # noqa: BLE001 - msgspec and the annotations that it evaluates raise many kinds
-            yield f"cannot travel: {error}"
+        for version in behavior.versions:
+            try:
+                version.prepare()
+            except Exception as error:  # noqa: BLE001 - msgspec and the annotations that it evaluates raise many kinds
+                yield f"cannot travel: {error}"
+
+    def _route(self, newest: Behavior[Any]) -> Iterator[str]:
+        """Add the routes of all versions of a kind, the newest first; yield what is wrong with them."""
+        after: Route | None = None
+        for behavior in reversed(newest.versions):
+            handlers = [handler for handler in self.handlers if handler.behavior == behavior]
+            if handlers:
+                after = Route(behavior, (), handlers)
+            else:
+                step = next(later for later in newest.versions if later.older == behavior)
+                if after is None or step.upgrade is None:
+                    yield f"{behavior!r} has no handler, and no upgrade to version {step.version}"
+                    return
+                if getattr(behavior, "reply", None) != getattr(after.handled, "reply", None):
+                    yield f"{behavior!r} is upgraded for a handler that gives another reply, of {after.handled!r}"
+                after = Route(behavior, (step, *after.upgrades), after.handlers)
+            self.routes[behavior.kind, behavior.version] = after
 
 
 def _faults_of_services(services: Sequence[object]) -> Iterator[str]:
@@ -106,6 +130,7 @@ def _faults_of_services(services: Sequence[object]) -> Iterator[str]:
         names.add(name)
         checks: dict[str, Callable[[str, Any], object]] = {
             "max_mailbox": _check.count,
+            "max_mailbox_bytes": _check.count,
             "max_concurrent": _check.count,
             "max_restarts": functools.partial(_check.count, minimum=0),
             "restart_window": _check.duration,

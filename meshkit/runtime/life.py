@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from meshkit import _time
-from meshkit.runtime.crew import Crew, take_back_cancellations
+from meshkit.runtime.crew import Crew, begin, take_back_cancellations
+from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.home import Home
 from meshkit.runtime.router import Router
 from meshkit.runtime.service import Service, ServiceFailed
-from meshkit.runtime.transport import Transport
+from meshkit.runtime.transport import Alone, Transport
 
 if TYPE_CHECKING:
     from meshkit.runtime.runtime import Runtime
@@ -29,33 +30,36 @@ class Life:
 
     def __init__(
         self,
-        node: str,
-        graph: Graph,
         runtime: "Runtime",
+        graph: Graph,
         transport: Transport,
-        grace: float,
+        prover: Prover | None,
         on_failure: Callable[[], None],
         end_of_log: Callable[[], None],
     ) -> None:
-        self.node = node
+        self.node = runtime.node
         self.failure: ServiceFailed | None = None
         self.over = False  # whether nothing can be sent any more
+        self._name = name = runtime.name
         self._graph = graph
         self._runtime = runtime
         self._transport = transport
         self._log = runtime.log("runtime")
-        self._grace = grace
         self._grace_until = 0.0  # there is none but for a stop that was asked for
         self._on_failure = on_failure
         self._end_of_log = end_of_log
         self._crews = {
-            service.name: Crew(f"meshkit:{node}:{service.name}", functools.partial(self._on_task_failure, service))
+            service.name: Crew(f"meshkit:{name}:{service.name}", functools.partial(self._on_task_failure, service))
             for service in graph.services
         }
         self._joined = False
+        self._heart: asyncio.Task[None] | None = None
         self._started: list[Service] = []
-        self.router = Router(node, graph, self._crews, transport, self._log)
-        self.home = Home(f"meshkit:{node}:runtime:home", self._live)
+        observer, letters = runtime.observer, runtime.letters
+        self.router = Router(
+            self.node, graph, self._crews, transport, prover, self._log, observer, letters, self._escalate
+        )
+        self.home = Home(f"meshkit:{name}:runtime:home", self._live)
 
     def owns(self, task: object) -> bool:
         """Return whether `task` is one of this node."""
@@ -65,14 +69,16 @@ class Life:
         failed: BaseException | None = None
         try:
             self._init()
-            await self._transport.start(self.node, self.router)
+            await self._transport.start(self.node, self.router.intake)
             self._joined = True
             for service in self._graph.services:
                 await self._start(service)
+            self._begin_to_beat()
             home.opened()
             await home.asked_to_close()
-            self.router.draining = True
-            self._grace_until = _time.now() + self._grace
+            self.router.intake.draining = True
+            self._announce()
+            self._grace_until = _time.now() + self._runtime.grace
             await self._drain(*self._graph.services)
         except GeneratorExit:  # the loop was closed under it: there is nothing to wait on any more
             raise
@@ -103,19 +109,46 @@ class Life:
         except Exception as error:
             raise self._failed(service, "start()") from error
         self._started.append(service)
-        self.router.dispatcher.open_mailbox(service.name)
+        self.router.dispatcher.open_mailboxes(service.name)
+
+    # --- presence
+
+    def _begin_to_beat(self) -> None:
+        every = self._runtime.heartbeat
+        if every is None or isinstance(self._transport, Alone):
+            return
+        self._heart = begin(self.home.loop, functools.partial(self._beat, every), f"meshkit:{self._name}:runtime:heart")
+        self.router.intake.on_greeting = self._announce
+        self._announce(greets=True)
+
+    async def _beat(self, every: float) -> None:
+        while True:
+            await asyncio.sleep(every)
+            self._announce()
+            self.router.intake.look_for_the_silent()
+
+    def _announce(self, to: str | None = None, *, greets: bool = False) -> None:
+        """Say that this node is up: to one, or to all."""
+        if self._heart is not None:
+            self.router.announce(self._name, self._runtime.heartbeat or 0.0, greets=greets, to=to)
+
+    # --- failures
 
     def _failed(self, service: Service, what: str) -> ServiceFailed:
-        return ServiceFailed(node=self.node, service=service.name, what=what)
+        return ServiceFailed(node=self._name, service=service.name, what=what)
 
     def _on_task_failure(self, service: Service, what: str, error: BaseException, delay: float | None) -> None:
         """Log the failure of a background task; without a `delay` there is no restart, and the node stops."""
         if delay is not None:
             service.log.error("task %r failed, and runs again in %.3g s", what, delay, exc_info=error)
             return
-        service.log.error("task %r failed too often: node %r stops", what, self.node, exc_info=error)
+        service.log.error("task %r failed too often: node %r stops", what, self._name, exc_info=error)
+        self._escalate(service, f"task {what!r}", error)
+
+    def _escalate(self, service: Service, what: str, error: BaseException) -> None:
+        """Stop the node; its host gets `error` as the cause of a `ServiceFailed`."""
         if self.failure is None:
-            self.failure = self._failed(service, f"task {what!r}")
+            self.failure = self._failed(service, what)
             self.failure.__cause__ = error
         if self.home.is_open:
             self.home.ask_to_close()
@@ -131,23 +164,27 @@ class Life:
             await self.router.dispatcher.quiet([service.name for service in services])
 
     async def _end(self) -> None:
-        self.router.draining = True
+        self.router.intake.draining = True
         for service in reversed(self._graph.services):
             await self._stop(service)
         self.router.dispatcher.close()
+        if self._heart is not None:
+            self._heart.cancel()
+        if self._joined:
+            self.router.say_goodbye()
         if self._joined:
             await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "closing the transport")
         self.over = True
         self.router.close()
-        if self.router.counts.cut:
-            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.router.counts.cut.items()))
-            self._log.warning("node %r stopped before it had handled: %s", self.node, kinds)
+        if self.router.journal.cut:
+            kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.router.journal.cut.items()))
+            self._log.warning("node %r stopped before it had handled: %s", self._name, kinds)
         self._end_of_log()
 
     async def _stop(self, service: Service) -> None:
         """Let it finish what others asked of it as they stopped; cut the rest, and its tasks; then let it clean up."""
         await self._step(self._drain(service), "the grace", service)
-        self.router.dispatcher.close_mailbox(service.name)
+        self.router.dispatcher.close_mailboxes(service.name)
         await self._step(self._end_crew(service), "ending its tasks", service)
         if service in self._started:
             await self._step(_within(service.stop_timeout, service.stop), "stop()", service)
@@ -164,9 +201,9 @@ class Life:
             await step
         except asyncio.CancelledError:
             self._cut_short()
-            log.warning("node %r stops: %s was cut short", self.node, what)
+            log.warning("node %r stops: %s was cut short", self._name, what)
         except Exception as error:
-            log.exception("node %r stops: %s failed", self.node, what)
+            log.exception("node %r stops: %s failed", self._name, what)
             if self.failure is None and service is not None:
                 self.failure = self._failed(service, what)
                 self.failure.__cause__ = error

@@ -28,6 +28,8 @@ class Message(msgspec.Struct, Generic[T_co], frozen=True):
     """The payload, of the type that the behavior declares."""
     time: float
     """When it was sent, in seconds since the Unix epoch by the sender's clock."""
+    version: int = 1
+    """The version of the behavior that the payload is of; after an upgrade, the one that the handler takes."""
     deadline: float = math.inf
     """When its caller gives up and the handler is cancelled, on this loop's clock; infinite where nobody waits."""
 

@@ -1,221 +1,233 @@
-"""The router: the way of a message from `emit` or `call` to the mailbox of its handler, here or on another node.
+"""The router: the way of a message from `emit` or `call` to the outbox, or to the intake of this very node.
 
 Nothing here waits, but for two: `emit`, for room in the mailboxes of this node, and only with a local kind; `call`, for
-the answer.
+the answer. What comes from other nodes arrives at the intake.
 """
 
-import asyncio
-from collections.abc import Mapping
-from typing import TypeVar
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
-import anyio
 import msgspec
 
 from meshkit import _check, _time
-from meshkit.call_registry import CallRegistry
-from meshkit.errors import CallTimeout, MalformedFrame, MeshkitError, PeerLost, RemoteError
+from meshkit.errors import Draining, MeshkitError, NoHandler, NotAccepted, Overloaded, Unreachable
+from meshkit.events import Observer
 from meshkit.logger import ServiceLog
-from meshkit.runtime.behavior import Broadcast, Local, Request
+from meshkit.runtime.behavior import Behavior, Broadcast, Local, Request
+from meshkit.runtime.calls import Calls, Replies, first_that_takes_it, gather
 from meshkit.runtime.crew import Crew
 from meshkit.runtime.dispatcher import Dispatcher
+from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
+from meshkit.runtime.intake import Intake, reason_of
+from meshkit.runtime.journal import Journal, RuntimeStats
+from meshkit.runtime.letters import DeadLetters
 from meshkit.runtime.message import Ids, Message
-from meshkit.runtime.stats import Counts, RuntimeStats
+from meshkit.runtime.outbox import Outbox
+from meshkit.runtime.presence import Presence
+from meshkit.runtime.service import Service
+from meshkit.runtime.stages import Continue, Drop
 from meshkit.runtime.transport import Transport
-from meshkit.runtime.wire import Ask, Cancel, Failure, Reply, Tell, Why, Wire, decode, encode, encode_payload, to_error
+from meshkit.runtime.wire import Ask, Beat, Failure, Goodbye, Reply, Tell, Wire, encode_payload
 
 __all__ = ["Router"]
 
 P = TypeVar("P")
 R = TypeVar("R")
 
-_LONGEST = 1e9  # seconds that a call may wait, as far as other nodes are told
+_ENVELOPE = 1024  # bytes of a bundle that are for the other fields of a message
 
 
 class Router:
     """The way of messages through one node, from its start to its stop."""
 
     def __init__(
-        self, node: str, graph: Graph, crews: Mapping[str, Crew], transport: Transport, log: ServiceLog
+        self,
+        node: str,
+        graph: Graph,
+        crews: Mapping[str, Crew],
+        transport: Transport,
+        prover: Prover | None,
+        log: ServiceLog,
+        observer: Observer | None,
+        letters: DeadLetters,
+        escalate: Callable[[Service, str, BaseException], None],
     ) -> None:
-        self.draining = False  # whether new work of other nodes is refused
-        self.counts = Counts()
-        self.dispatcher = Dispatcher(node, graph, crews, self.counts, self._send_quietly)
+        self.journal = Journal(observer)
+        self.presence = Presence()
+        self.dispatcher = Dispatcher(node, graph, crews, self.journal, letters, self._answer, escalate)
+        self.calls = Calls(node, self._post)
+        self.intake = Intake(
+            node, graph, self.dispatcher, self.calls, self.presence, prover, self.journal, self._answer, observer
+        )
+        self._outbox = Outbox(transport, prover, self._on_unsent)
         self._node = node
         self._graph = graph
         self._transport = transport
+        self._max_payload = math.inf if prover is None else prover.max_bundle - _ENVELOPE
         self._log = log
-        self._calls: CallRegistry[msgspec.Raw] = CallRegistry(name=f"calls of node {node!r}")
         self._new_id = Ids().new
-        self._asked: dict[str, tuple[str, str]] = {}  # by id of a call: the node that was asked, and the kind
+        self._turn = 0  # which of the nodes that handle a kind is asked first
 
     # --- what goes out
 
     async def emit(self, behavior: Local[P] | Broadcast[P], payload: P, to: str | None) -> str:
         """Send a message that nobody answers, and return its id."""
-        behavior.check(payload)
-        kind, message_id = behavior.kind, self._new_id()
+        message = self._emitted(behavior, Message(self._new_id(), behavior.kind, self._node, payload, _time.wall()))
         if isinstance(behavior, Local):
             if to is not None:
                 raise ValueError(f"{behavior!r} never leaves its node, so it cannot be emitted to {to!r}")
-            handlers = self._graph.local_handlers(behavior)
-            if not handlers:
-                self._drop(kind, "no_handler")
-            message = Message(message_id, kind, self._node, payload, _time.wall())
-            if not self.dispatcher.try_deliver(handlers, message):
-                await self.dispatcher.deliver(handlers, message)
+            await self._emit_here(behavior, message)
         elif isinstance(behavior, Broadcast):
-            tell = Tell(message_id, kind, _time.wall(), encode_payload(payload))
+            encoded = encode_payload(message.payload)
+            tell = Tell(message.id, message.kind, behavior.version, message.time, encoded)
             if to is None:
-                self._transport.broadcast(encode(tell))
-                self._on_tell(self._node, tell)
+                self._outbox.post(None, tell, self._fitting(encoded))
+                self.intake.take(self._node, tell)
             else:
-                self._send(to, tell)
+                self._require_way(to)
+                self._post(to, tell, self._fitting(encoded))
         else:
             raise TypeError(f"{behavior!r} asks for a reply: use call(), which returns it")
-        self.counts.sent += 1
-        return message_id
+        self.journal.sent += 1
+        return message.id
 
-    async def call(self, behavior: Request[P, R], payload: P, to: str, timeout: float) -> R:
-        """Ask the node `to`, and return its reply."""
-        if not isinstance(behavior, Request):
-            raise TypeError(f"{behavior!r} has no reply: use emit()")
-        behavior.check(payload)
-        kind, call_id = behavior.kind, self._new_id()
-        remaining = min(_check.duration("timeout", timeout), anyio.current_effective_deadline() - _time.now())
-        remaining = max(0.0, min(remaining, _LONGEST))  # the deadline of a scope that has been cancelled is -infinity
-        ask = Ask(call_id, kind, _time.wall(), int(remaining * 1000), encode_payload(payload))
-        self.counts.sent += 1
-        self._asked[call_id] = (to, kind)
-        try:
-            reply = await self._calls.call(lambda _: self._send(to, ask), timeout=timeout, id=call_id)
-        except CallTimeout:
-            self._send_quietly(to, Cancel(call_id))
-            raise CallTimeout(name=f"{kind!r} on node {to!r}", timeout=timeout) from None
-        except asyncio.CancelledError:
-            self._send_quietly(to, Cancel(call_id))
-            raise
-        finally:
-            del self._asked[call_id]
-        try:
-            return behavior.reply_decoder.decode(reply)
-        except Exception as error:
-            self._log.exception("the reply of node %r to %r is not what was declared", to, kind, message_id=call_id)
-            raise RemoteError(node=to, kind=kind, code="bad_reply", correlation_id=call_id) from error
-
-    def _send(self, to: str, wire: Wire) -> None:
-        if to == self._node:
-            self._take(to, wire)
-        else:
-            self._transport.send(to, encode(wire))
-
-    def _send_quietly(self, to: str, wire: Wire) -> None:
-        """Send what nobody is there to be told about, if it cannot be sent."""
-        try:
-            self._send(to, wire)
-        except MeshkitError as error:
-            self._log.debug("%s for node %r was not sent: %s", type(wire).__name__, to, error)
-        except Exception:  # noqa: BLE001 - a transport that fails must not take with it who answers
-            self._log.exception("%s for node %r was not sent: the transport failed", type(wire).__name__, to)
-
-    # --- what comes in
-
-    def received(self, sender: str, frame: bytes) -> None:
-        """Take a frame from the transport."""
-        try:
-            wire = decode(frame)
-        except MalformedFrame:
-            self._drop("", "malformed")
-        else:
-            self._take(sender, wire)
-
-    def _take(self, sender: str, wire: Wire) -> None:
-        if isinstance(wire, Tell):
-            self._on_tell(sender, wire)
-        elif isinstance(wire, Ask):
-            self._on_ask(sender, wire)
-        elif isinstance(wire, Cancel):
-            self.dispatcher.cancel(sender, wire.id)
-        else:
-            self._on_answer(sender, wire)
-
-    def _on_tell(self, sender: str, tell: Tell) -> None:
-        handlers = self._graph.broadcasts.get(tell.kind)
-        if handlers is None:
-            return self._drop("", "no_handler")
-        if self.draining and sender != self._node:
-            return self._drop(tell.kind, "draining")
-        try:
-            payload = handlers[0].behavior.decoder.decode(tell.payload)
-        except Exception as error:  # noqa: BLE001 - hostile bytes raise more than msgspec's own error
-            self._log.debug("%r from node %r is not what was declared: %s", tell.kind, sender, error)
-            return self._drop(tell.kind, "malformed")
-        message = Message(tell.id, tell.kind, sender, payload, tell.time)
-        for handler in handlers:
-            if not self.dispatcher.try_deliver([handler], message):
-                self._drop(tell.kind, "draining" if handler.mailbox.closed else "overloaded")
+    async def _emit_here(self, behavior: Local[P], message: Message[P]) -> None:
+        route = self._graph.local_route(behavior)
+        if route is None:
+            return self.journal.drop(message.kind, "kind", "no_handler", message.id, self._node)
+        if behavior.overflow in {"drop_newest", "drop_oldest"}:
+            self.intake.receive(route, message, 0)
+            return None
+        outcome, stage = route.pipeline.run(message)
+        if not isinstance(outcome, Continue):
+            self.intake.stopped(route, message, 0, outcome, stage)
+        elif not self.dispatcher.offer_all(route.handlers, outcome.message):
+            if behavior.overflow == "refuse":
+                full = next(handler.mailbox for handler in route.handlers if not handler.mailbox.has_room())
+                raise Overloaded(name=full.name, limit=full.max_mailbox)
+            await self.dispatcher.deliver_all(route.handlers, outcome.message)
         return None
 
-    def _on_ask(self, sender: str, ask: Ask) -> None:
-        handler = self._graph.requests.get(ask.kind)
-        if handler is None:
-            return self._refuse(sender, ask, "no_handler")
-        if self.draining and sender != self._node:
-            return self._refuse(sender, ask, "draining")
-        if (sender, ask.id) in self.dispatcher.serving:
-            return self._drop(ask.kind, "duplicate")  # the answer to the first one answers both
-        try:
-            payload = handler.behavior.decoder.decode(ask.payload)
-        except Exception as error:  # noqa: BLE001 - hostile bytes raise more than msgspec's own error
-            return self._refuse(sender, ask, "malformed", f"{ask.kind!r} on node {self._node!r}: {error}")
-        deadline = _time.now() + ask.remaining / 1000
-        message = Message(ask.id, ask.kind, sender, payload, ask.time, deadline)
-        if self.dispatcher.serve(handler, message):
-            return None
-        if handler.mailbox.closed:
-            return self._refuse(sender, ask, "draining")
-        return self._refuse(sender, ask, "overloaded", handler.mailbox.name, handler.mailbox.max_mailbox)
+    async def call(self, behavior: Request[P, R], payload: P, to: str | None, timeout: float, call_id: str | None) -> R:
+        """Ask the node `to` (None: any one that handles the kind), and return its reply."""
+        if not isinstance(behavior, Request):
+            raise TypeError(f"{behavior!r} has no reply: use emit()")
+        _check.duration("timeout", timeout)
+        if call_id is None:
+            call_id = self._new_id()
+        message = self._emitted(behavior, Message(call_id, behavior.kind, self._node, payload, _time.wall()))
+        if to is not None:
+            return await self._ask(behavior, message, to, timeout)
+        deadline = _time.now() + timeout
 
-    def _refuse(self, sender: str, ask: Ask, why: Why, detail: str = "", limit: int = 0) -> None:
-        self._drop("" if why == "no_handler" else ask.kind, why)
-        self._send_quietly(sender, Failure(ask.id, why, detail, limit))
+        def ask(node: str) -> Any:
+            return self._ask(behavior, message, node, deadline - _time.now())
 
-    def _on_answer(self, sender: str, answer: Reply | Failure) -> None:
-        asked, kind = self._asked.get(answer.id, (sender, ""))
-        if asked != sender:
-            self._drop("", "wrong_sender")  # an answer counts only if it comes from the node that was asked
-        elif isinstance(answer, Reply):
-            self._calls.resolve(answer.id, answer.payload)
+        reply: R = await first_that_takes_it(self._that_handle(behavior.kind), ask)
+        return reply
+
+    async def call_many(
+        self, behavior: Request[P, R], payload: P, to: Sequence[str] | None, timeout: float, quorum: int | None
+    ) -> Replies[R]:
+        """Ask several nodes at once; return when `quorum` have replied (None: when each has answered)."""
+        behavior.check(payload)
+        if to is None:
+            to = self._that_handle(behavior.kind)
+        name = f"{behavior.kind!r} from node {self._node!r}"
+        return await gather(
+            to, lambda node: self.call(behavior, payload, node, timeout, None), quorum=quorum, name=name
+        )
+
+    async def _ask(self, behavior: Request[P, R], message: Message[P], to: str, timeout: float) -> R:
+        if to != self._node:
+            peer = self.presence.peers.get(to)
+            if peer is not None and peer.draining:
+                raise Draining(node=to)
+            if to in self.presence.silent:
+                raise Unreachable(node=to, reason="it has fallen silent")
+        self.journal.sent += 1
+        self.journal.note(message.id, f"asked of node {to!r}")
+        return await self.calls.call(behavior, message, to, timeout)
+
+    def _that_handle(self, kind: str) -> Sequence[str]:
+        """Return the nodes that handle a kind of request, each time beginning with another one."""
+        nodes = [*self.presence.that_handle(kind)]
+        if kind in self._graph.requests and not self.intake.draining:
+            nodes.append(self._node)
+        if not nodes:
+            raise NoHandler(kind=kind, node="any")
+        self._turn += 1
+        first = self._turn % len(nodes)
+        return nodes[first:] + nodes[:first]
+
+    def _emitted(self, behavior: Behavior[P], message: Message[P]) -> Message[P]:
+        """Pass a message through the stages of its emission; raise what stops it."""
+        behavior.check(message.payload)
+        pipeline = behavior.emitting
+        if pipeline is None:
+            return message
+        outcome, stage = pipeline.run(message)
+        if isinstance(outcome, Continue):
+            behavior.check(outcome.message.payload)
+            return outcome.message
+        if isinstance(outcome, Drop):
+            self.journal.drop(message.kind, stage, outcome.reason, message.id, self._node)
+            raise NotAccepted(kind=message.kind, node=self._node, reason=f"{outcome.reason} (stage {stage})")
+        raise outcome.error
+
+    def _fitting(self, encoded: msgspec.Raw) -> int:
+        """Return the size of a payload, which must fit into a frame."""
+        size = len(encoded)
+        if size > self._max_payload:
+            raise ValueError(f"a payload of {size} bytes does not fit into a frame: it may have {self._max_payload}")
+        return size
+
+    def _require_way(self, to: str) -> None:
+        if to != self._node and (to in self.presence.silent or to not in self._transport.peers):
+            known = ", ".join(sorted(self._transport.peers)) or "nobody"
+            raise Unreachable(node=to, reason=f"node {self._node!r} can reach {known}")
+
+    def _post(self, to: str, wire: Wire, size: int = 0) -> None:
+        if to == self._node:
+            self.intake.take(to, wire)
         else:
-            self._calls.reject(answer.id, to_error(answer, sender, kind))
+            self._outbox.post(to, wire, size)
 
-    def _drop(self, kind: str, reason: str) -> None:
-        self.counts.dropped[kind, reason] += 1
+    def _answer(self, caller: str, answer: Reply | Failure) -> None:
+        self._post(caller, answer, len(answer.payload) if isinstance(answer, Reply) else 0)
 
-    def lost(self, node: str) -> None:
-        """Fail the calls that wait for a node that has gone, and give up the work that it waits for."""
-        for call_id in [call_id for call_id, (asked, _) in self._asked.items() if asked == node]:
-            self._calls.reject(call_id, PeerLost(node=node))
-        self.dispatcher.lost(node)
+    def _on_unsent(self, to: str | None, wires: Sequence[Wire], error: Exception) -> None:
+        """Tell those who wait for an answer, and count the rest."""
+        if not isinstance(error, MeshkitError):
+            self._log.error("the transport failed", node=to, exc_info=error)
+            error = Unreachable(node=to or "every node", reason=f"the transport failed: {type(error).__name__}")
+        for wire in wires:
+            if isinstance(wire, Ask):
+                self.calls.fail(wire.id, copy.copy(error))
+            elif not isinstance(wire, Beat | Goodbye):
+                kind = wire.kind if isinstance(wire, Tell) else ""
+                self.journal.drop(kind, "transport", reason_of(error), wire.id, self._node)
+
+    def announce(self, name: str, every: float, *, greets: bool = False, to: str | None = None) -> None:
+        """Say that this node is up, to one node or to all."""
+        self._outbox.post(to, Beat(name, self._graph.requests, every, self.intake.draining, greets))
+
+    def say_goodbye(self) -> None:
+        """Say that this node is leaving, and send what is still to be sent."""
+        self._outbox.post(None, Goodbye())
+        self._outbox.flush()
 
     # --- the state, and the end
 
     def stats(self) -> RuntimeStats:
         """Return what has happened so far."""
-        counts = self.counts
-        return RuntimeStats(
-            sent=counts.sent,
-            delivered=counts.delivered,
-            handled=counts.handled,
-            failed=counts.failed,
-            cancelled=counts.cancelled,
-            cut=counts.cut.total(),
-            queued=self.dispatcher.queued,
-            running=self.dispatcher.running,
-            pending=len(self._calls),
-            dropped=dict(counts.dropped),
+        return self.journal.stats(
+            queued=self.dispatcher.queued, running=self.dispatcher.running, pending=len(self.calls)
         )
 
     def close(self) -> None:
         """Fail every call that still waits for its answer."""
-        self._calls.close()
+        self.calls.close()

@@ -17,20 +17,26 @@
 """
 
 import asyncio
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from meshkit import _check
+from meshkit import _check, _time
 from meshkit._time import running_loop
 from meshkit.errors import Closed
+from meshkit.events import Observer
 from meshkit.logger import Logger, ServiceLog
 from meshkit.runtime.behavior import Broadcast, Local, Request
+from meshkit.runtime.calls import Replies
+from meshkit.runtime.frame import Prover, Trust
 from meshkit.runtime.graph import Graph
+from meshkit.runtime.identity import Identity
+from meshkit.runtime.journal import Journal, MessageDropped, RuntimeStats
+from meshkit.runtime.letters import DeadLetter, DeadLetters
 from meshkit.runtime.life import Life
 from meshkit.runtime.message import check_name
+from meshkit.runtime.presence import Peer, Presence
 from meshkit.runtime.service import Service, ServiceFailed
-from meshkit.runtime.stats import RuntimeStats
 from meshkit.runtime.transport import Alone, Transport
 
 __all__ = ["Runtime"]
@@ -46,13 +52,20 @@ class Runtime:
     has stopped, it may be started again.
 
     Args:
-        name: What the node is called, by other nodes too.
+        name: What the node is called.
         services: Its services, in the order in which they start.
         transport: How it reaches other nodes; without one it is alone.
+        identity: The keys that prove what it sends; its public key is the node's id. Without one, the name is the id:
+            that will do only where no message leaves the process.
+        trust: The ids of the nodes whose messages are taken, or a function that is given an id; by default all.
+        heartbeat: Seconds between its signs of life; a node that is silent for three of its own is gone. None: it gives
+            none, and is not found by those who ask any node.
         logger: Where its services log; by default a `Logger` of its own, which is closed when it stops.
         disabled_loggers: Names of services that log nothing.
         verbose_loggers: Names of services that log debug lines, and each event at once.
         grace: Seconds that handlers have to finish when it stops.
+        max_dead_letters: Dead letters that are kept; beyond, the oldest is forgotten.
+        observer: Is given a `MessageDropped`, a `PeerUp` or a `PeerGone` when that happens.
     """
 
     def __init__(
@@ -61,15 +74,28 @@ class Runtime:
         services: Sequence[Service] = (),
         *,
         transport: Transport | None = None,
+        identity: Identity | None = None,
+        trust: Trust = None,
+        heartbeat: float | None = 2.0,
         logger: Logger | None = None,
         disabled_loggers: Iterable[str] = (),
         verbose_loggers: Iterable[str] = (),
         grace: float = 5.0,
+        max_dead_letters: int = 1_000,
+        observer: Observer | None = None,
     ) -> None:
         self.name = check_name("the name of a node", name)
+        self.node = self.name if identity is None else identity.node_id
         self.services = tuple(services)
+        self.grace = _check.duration("grace", grace, zero=True)
+        self.heartbeat = None if heartbeat is None else _check.duration("heartbeat", heartbeat)
+        self.observer = observer
+        self.letters = DeadLetters(_check.count("max_dead_letters", max_dead_letters))
         self._transport: Transport = Alone() if transport is None else transport
-        self._grace = _check.duration("grace", grace, zero=True)
+        self._identity = identity
+        self._trust = trust
+        if identity is None and trust is not None:
+            raise ValueError("trust needs an identity: only nodes that have one prove who they are")
         self._loggers = (_names(disabled_loggers), _names(verbose_loggers))
         if logger is not None and any(self._loggers):
             raise ValueError(
@@ -98,7 +124,7 @@ class Runtime:
             return "stopped"
         if not life.home.is_open:
             return "starting"
-        return "draining" if life.router.draining else "running"
+        return "draining" if life.router.intake.draining else "running"
 
     # --- messages
 
@@ -117,15 +143,26 @@ class Runtime:
         """
         return await self._running().router.emit(behavior, payload, to)
 
-    async def call(self, behavior: Request[P, R], payload: P, to: str, timeout: float = 10.0) -> R:
+    async def call(
+        self,
+        behavior: Request[P, R],
+        payload: P,
+        to: str | None = None,
+        timeout: float = 10.0,
+        *,
+        id: str | None = None,  # noqa: A002 - the id of the request: so it reads at the caller's
+    ) -> R:
         """Ask the node `to` and return its reply. To ask this node itself is fine.
 
+        Without `to`, any node that is up and handles the kind is asked, each time another one; if it refuses, the next.
         The handler is given what is left of `timeout`, or of the enclosing anyio deadline if that is sooner. It is
-        cancelled when this gives up or is cancelled.
+        cancelled when this gives up or is cancelled. `id` repeats an earlier request: if that one is still being
+        handled, this joins it; if it was answered within the last minute, this gets the same answer.
 
         Raises:
             TypeError: The payload is not of the declared type, or cannot be encoded.
-            Refused: It did not run: `Unreachable`, `NoHandler`, `Overloaded` or `Draining`; ask later, or another node.
+            Refused: It did not run: `Unreachable`, `NoHandler`, `NotAccepted`, `RateLimited`, `Overloaded` or
+                `Draining`; ask later, or another node.
             MalformedFrame: It did not run: the other node declares another payload.
             CallTimeout: There was no reply in time; it may have run.
             PeerLost: The node went away meanwhile; it may have run.
@@ -133,12 +170,60 @@ class Runtime:
                 exception, and "bad_reply" where the reply is not what this node declares.
             Closed: The runtime has stopped, or did meanwhile.
         """
-        return await self._running().router.call(behavior, payload, to, timeout)
+        return await self._running().router.call(behavior, payload, to, timeout, id)
+
+    async def call_many(
+        self,
+        behavior: Request[P, R],
+        payload: P,
+        to: Iterable[str] | None = None,
+        timeout: float = 10.0,
+        *,
+        quorum: int | None = None,
+    ) -> Replies[R]:
+        """Ask several nodes at once (by default all that are up and handle the kind, this one included).
+
+        Returns the replies and the errors, by node: of all of them, or as soon as `quorum` have replied; the others are
+        then cancelled.
+
+        Raises:
+            TooFewReplies: The `quorum` cannot be reached any more. `partial` has the replies that came.
+        """
+        nodes = None if to is None else list(dict.fromkeys(to))
+        return await self._running().router.call_many(behavior, payload, nodes, timeout, quorum)
+
+    # --- what it knows
 
     @property
-    def peers(self) -> tuple[str, ...]:
-        """The other nodes that can be reached now, sorted."""
-        return tuple(sorted(self._transport.peers))
+    def peers(self) -> Mapping[str, Peer]:
+        """The other nodes that are up, by id, sorted."""
+        up, transport = self._life.router.presence if self._life else Presence(), self._transport
+        nodes = sorted({*transport.peers} - up.silent.keys())
+        return {node: up.peers.get(node) or Peer(node, node) for node in nodes}
+
+    @property
+    def dead_letters(self) -> Sequence[DeadLetter]:
+        """The messages that could not be handled, of kinds that say `on_error="dead_letter"`; the oldest first."""
+        return tuple(self.letters.letters)
+
+    def replay(self, letter: DeadLetter) -> bool:
+        """Handle a dead letter again; return False if there is no room for it now."""
+        self._running()
+        return self.letters.replay(letter)
+
+    @property
+    def drops(self) -> Sequence[MessageDropped]:
+        """The latest messages that went no further than some stage; the oldest first."""
+        return () if self._life is None else tuple(self._life.router.journal.drops)
+
+    def explain(self, message_id: str) -> str:
+        """Tell what became of a message on this node, as far as that is remembered."""
+        return Journal().explain(message_id) if self._life is None else self._life.router.journal.explain(message_id)
+
+    def describe(self) -> str:
+        """Print what messages go through on their way to each handler, one line for each kind and version."""
+        routes = self._running().router.intake.routes
+        return "\n".join(str(routes[key]) for key in sorted(routes))
 
     def log(self, service: str) -> ServiceLog:
         """Return the log of a service: the same object as `rt.logger.service(service)`."""
@@ -183,8 +268,19 @@ class Runtime:
                 self.logger = self._new_logger()
         graph = Graph(self.name, self.services)
         end_of_log = self.logger.close if self._own_logger else self.logger.flush
-        self._life = Life(self.name, graph, self, self._transport, self._grace, self._cancel_body, end_of_log)
+        self._life = Life(self, graph, self._transport, self._prover(), self._cancel_body, end_of_log)
         await self._told(self._life.home.open())
+
+    def _prover(self) -> Prover | None:
+        """Return what proves what this node sends, if that must be."""
+        transport = self._transport
+        if self._identity is None:
+            if not transport.in_process:
+                raise ValueError(f"node {self.name!r} needs an identity: what it sends leaves this process")
+            return None
+        if transport.exposed and self._trust is None:
+            raise ValueError(f"node {self.name!r} can be reached by strangers: say with trust= whom it trusts")
+        return Prover(self._identity, trust=self._trust, started=_time.wall())
 
     async def stop(self) -> None:
         """Stop, and return when everything has ended. Harmless where it does not run.

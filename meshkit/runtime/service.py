@@ -1,6 +1,7 @@
 """Services: what a node is made of.
 
->>> from meshkit.runtime.behavior import handles, local
+>>> from meshkit.runtime.behavior import local
+>>> from meshkit.runtime.handling import handles
 >>> from meshkit.runtime.message import Message
 >>> GREET = local("greeter:greet", str)
 >>> class Greeter(Service):
@@ -57,6 +58,8 @@ class Service:
     max_mailbox: int = 1000
     """Messages that may wait for its handlers. Beyond: calls are refused with `Overloaded`, local emits wait,
     broadcasts are dropped and counted."""
+    max_mailbox_bytes: int = 16 * 1024 * 1024
+    """Bytes of encoded payloads that may wait, by the same rules."""
     max_concurrent: int = 64
     """Handlers of it that may run at a time. They begin in the order in which messages came; with 1, each ends before
     the next one begins."""

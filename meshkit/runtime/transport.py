@@ -12,7 +12,7 @@ class Receiver(Protocol):
     """The runtime, as its transport sees it. Both methods return at once, and never raise."""
 
     def received(self, sender: str, frame: bytes) -> None:
-        """Take `frame`, which `sender` sent; the transport answers for who sent it."""
+        """Take `frame`, which `sender` sent. If it is proved, the proof says who did, and not the transport."""
         ...
 
     def lost(self, node: str) -> None:
@@ -25,6 +25,16 @@ class Transport(Protocol):
 
     `send` and `broadcast` never wait: what cannot be carried at once is buffered, within a limit of the transport's.
     """
+
+    @property
+    def in_process(self) -> bool:
+        """Whether no frame leaves this process, so that none has to be proved."""
+        ...
+
+    @property
+    def exposed(self) -> bool:
+        """Whether strangers may reach it, so that the runtime must be told whom to trust."""
+        ...
 
     async def start(self, node: str, receiver: Receiver) -> None:
         """Join the mesh as `node`, and hand what arrives to `receiver`. If this raises, nothing is left behind."""
@@ -56,6 +66,8 @@ class Transport(Protocol):
 class Alone:
     """The transport of a node without one: there is nobody else."""
 
+    in_process = True
+    exposed = False
     peers: Collection[str] = ()
 
     async def start(self, node: str, receiver: Receiver) -> None:

@@ -5,12 +5,15 @@
     Reply    the answer to a request
     Failure  the other answer: why there is no reply
     Cancel   the caller of a request has gone: stop working on it
+    Beat     a node is up, is called so, handles these kinds of requests, and takes new ones (or does not)
+    Goodbye  a node is leaving
 
-Who sent it is not in it: that is for the transport to know. Payloads are embedded as they were encoded, and decoded
-only once it is known what they are.
+They travel in bundles: what one node had for another in one turn of its loop. Who sent a bundle is not in it: that is
+for the frame around it to prove. Payloads are embedded as they were encoded, and decoded only once it is known what
+they are.
 """
 
-from typing import Literal, TypeAlias, cast
+from typing import Annotated, Literal, TypeAlias, cast
 
 import msgspec
 import msgspec.inspect
@@ -20,15 +23,20 @@ from meshkit.errors import (
     MalformedFrame,
     MeshkitError,
     NoHandler,
+    NotAccepted,
     Overloaded,
     PeerLost,
+    RateLimited,
     RemoteError,
 )
 
 __all__ = [
+    "MAX_BUNDLE",
     "Ask",
+    "Beat",
     "Cancel",
     "Failure",
+    "Goodbye",
     "Reply",
     "Tell",
     "Why",
@@ -36,9 +44,13 @@ __all__ = [
     "decode",
     "encode",
     "encode_payload",
+    "refusal",
     "require_portable",
     "to_error",
 ]
+
+MAX_BUNDLE = 256
+"""Messages that one bundle may hold."""
 
 
 class _Travels(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -50,6 +62,7 @@ class Tell(_Travels, tag="t", frozen=True):
 
     id: str
     kind: str
+    version: int
     time: float
     payload: msgspec.Raw
 
@@ -59,6 +72,7 @@ class Ask(_Travels, tag="a", frozen=True):
 
     id: str
     kind: str
+    version: int
     time: float
     remaining: int
     payload: msgspec.Raw
@@ -71,16 +85,20 @@ class Reply(_Travels, tag="r", frozen=True):
     payload: msgspec.Raw
 
 
-Why: TypeAlias = Literal["no_handler", "malformed", "overloaded", "draining", "cut", "failed"]
+Why: TypeAlias = Literal[
+    "no_handler", "not_accepted", "malformed", "overloaded", "rate_limited", "draining", "cut", "failed"
+]
 
 
 class Failure(_Travels, tag="f", frozen=True):
-    """Why the request with this `id` has no reply. What only one of the reasons needs has a default."""
+    """Why the request with this `id` has no reply. What only some of the reasons need has a default."""
 
     id: str
     why: Why
     detail: str = ""
     limit: int = 0
+    window: float = 0.0
+    retry_after: float | None = None
     code: str = ""
     retryable: bool = False
 
@@ -91,10 +109,25 @@ class Cancel(_Travels, tag="c", frozen=True):
     id: str
 
 
-Wire: TypeAlias = Tell | Ask | Reply | Failure | Cancel
+class Beat(_Travels, tag="b", frozen=True):
+    """A node is up. `every` is how many seconds pass until its next one; `greets`: who hears it shall say so, too."""
+
+    name: str
+    kinds: tuple[str, ...]
+    every: float
+    draining: bool = False
+    greets: bool = False
+
+
+class Goodbye(_Travels, tag="g", frozen=True):
+    """A node is leaving."""
+
+
+Wire: TypeAlias = Tell | Ask | Reply | Failure | Cancel | Beat | Goodbye
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER: msgspec.msgpack.Decoder[Wire] = msgspec.msgpack.Decoder(Wire)
+_BUNDLE = Annotated[list[Wire], msgspec.Meta(max_length=MAX_BUNDLE)]
+_DECODER: msgspec.msgpack.Decoder[list[Wire]] = msgspec.msgpack.Decoder(_BUNDLE)
 
 encode = _ENCODER.encode
 
@@ -119,27 +152,58 @@ def require_portable(declared: object) -> None:
             todo.extend(getattr(info, name) for name in info.__struct_fields__ if not name.startswith("default"))
 
 
-def decode(frame: bytes) -> Wire:
-    """Return what `frame` holds.
+def decode(bundle: bytes) -> list[Wire]:
+    """Return what `bundle` holds.
 
     Raises:
-        MalformedFrame: It holds nothing that this version understands.
+        MalformedFrame: It is not something that this version understands.
     """
     try:
-        return _DECODER.decode(frame)
+        return _DECODER.decode(bundle)
     except Exception as error:
-        raise MalformedFrame from error  # hostile bytes raise more than msgspec's own error
+        raise MalformedFrame(reason=str(error)) from error  # hostile bytes raise more than msgspec's own error
 
 
-def to_error(failure: Failure, node: str, kind: str) -> MeshkitError:
-    """Return the error that `failure`, sent by `node` in answer to a request of `kind`, is for the caller."""
+def refusal(call_id: str, error: MeshkitError) -> Failure:
+    """Return what tells a caller about `error`, which is why its request was not handled: the reverse of `to_error`."""
+    match error:
+        case NoHandler():
+            return Failure(call_id, "no_handler")
+        case NotAccepted():
+            return Failure(call_id, "not_accepted", error.reason)
+        case MalformedFrame():
+            return Failure(call_id, "malformed", error.reason)
+        case Overloaded():
+            return Failure(call_id, "overloaded", error.name, error.limit)
+        case RateLimited():
+            return Failure(
+                call_id, "rate_limited", error.name, error.max_count, error.window, retry_after=error.retry_after
+            )
+        case Draining():
+            return Failure(call_id, "draining")
+        case _:
+            return Failure(call_id, "not_accepted", str(error))
+
+
+def to_error(failure: Failure, node: str, kind: str, me: str) -> MeshkitError:
+    """Return the error that `failure`, sent by `node` in answer to a request of `kind` from `me`, is for the caller."""
     match failure.why:
         case "no_handler":
             return NoHandler(kind=kind, node=node)
+        case "not_accepted":
+            return NotAccepted(kind=kind, node=node, reason=failure.detail)
         case "malformed":
             return MalformedFrame(reason=failure.detail)
         case "overloaded":
             return Overloaded(name=failure.detail, limit=failure.limit)
+        case "rate_limited":
+            return RateLimited(
+                name=failure.detail,
+                key=me,
+                max_count=failure.limit,
+                window=failure.window,
+                retry_after=failure.retry_after,
+            )
         case "draining":
             return Draining(node=node)
         case "cut":

@@ -106,6 +106,9 @@ class MemoryHub:
 class MemoryTransport:
     """Connects one runtime to a `MemoryHub`. Ordered and lossless, but for the faults that the hub is told to have."""
 
+    in_process = True
+    exposed = False
+
     def __init__(self, hub: MemoryHub) -> None:
         if not isinstance(hub, MemoryHub):
             raise TypeError(f"hub must be a MemoryHub, which the nodes of a mesh share, not {hub!r}")

@@ -11,6 +11,8 @@ import msgspec
 
 from meshkit.logger import Logger
 from meshkit.runtime import Message, Reject, Runtime, Service, broadcast, handles, local, request
+from meshkit.runtime.outbox import PLAIN
+from meshkit.runtime.wire import Wire, encode
 from meshkit.testing import CancellationPoint, cancellation_points, run
 from meshkit.transports import MemoryHub, MemoryTransport
 
@@ -91,6 +93,11 @@ def everywhere(scenario: Callable[[CancellationPoint], Coroutine[Any, Any, None]
         run(functools.partial(scenario, point))
         count += 1
     assert count > 3, "the scenario never waited: nothing was cancelled"
+
+
+def plain(*wires: Wire) -> bytes:
+    """Return a frame that proves nothing, as nodes of one process send them."""
+    return PLAIN + encode(wires)
 
 
 def cancel_task() -> bool:

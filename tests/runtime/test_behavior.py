@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from meshkit.runtime import Behavior, Broadcast, Local, Message, Reject, Request, broadcast, handles, local, request
-from meshkit.runtime.behavior import behaviors_of
+from meshkit.runtime.handling import behaviors_of
 
 
 class Payload(msgspec.Struct, frozen=True):

@@ -41,10 +41,11 @@ def named(name: str, base: type[Service] = Service, **members: Any) -> Service:
 def test_a_graph_finds_the_handlers_by_kind() -> None:
     good = Good()
     graph = Graph("alice", [good])
-    assert graph.requests["x:ask"].method == good.ask
-    assert [handler.method for handler in graph.broadcasts["x:tell"]] == [good.tell]
-    assert [handler.method for handler in graph.local_handlers(NOTE)] == [good.note]
-    assert repr(graph.requests["x:ask"]) == "good.ask"
+    assert graph.routes["x:ask", 1].handlers[0].method == good.ask
+    assert [handler.method for handler in graph.routes["x:tell", 1].handlers] == [good.tell]
+    assert cast("Any", graph.local_route(NOTE)).handlers[0].method == good.note
+    assert repr(graph.routes["x:ask", 1].handlers) == "(good.ask,)"
+    assert graph.requests == ("x:ask",)
 
 
 def test_no_services_are_fine() -> None:
@@ -55,7 +56,7 @@ def test_several_services_may_handle_an_event_but_one_only_a_request() -> None:
     other = named("other", Good)
     assert faults(Good(), other) == ["  service 'other': ask(): 'x:ask' is handled by good.ask already"]
     silent = named("other", Good, ask=None)
-    assert len(Graph("alice", [Good(), silent]).broadcasts["x:tell"]) == 2
+    assert len(Graph("alice", [Good(), silent]).routes["x:tell", 1].handlers) == 2
 
 
 def test_one_service_handles_a_kind_once() -> None:
@@ -96,9 +97,9 @@ def test_a_kind_is_declared_once() -> None:
 
 def test_a_local_kind_is_emitted_as_it_is_handled() -> None:
     graph = Graph("alice", [Good()])
-    assert graph.local_handlers(local("x:note", int)), "an equal declaration will do"
+    assert graph.local_route(local("x:note", int)), "an equal declaration will do"
     with pytest.raises(ValueError, match=r"Local\('x:note', str\) is emitted, but good.note handles Local"):
-        graph.local_handlers(local("x:note", str))
+        graph.local_route(local("x:note", str))
 
 
 def test_a_handler_is_async_and_takes_one_message() -> None:
@@ -140,7 +141,7 @@ def test_an_override_handles_what_it_overrides() -> None:
             return -msg.payload
 
     child = Child()
-    assert Graph("alice", [child]).requests["x:ask"].method == child.ask
+    assert Graph("alice", [child]).routes["x:ask", 1].handlers[0].method == child.ask
 
 
 def test_an_override_with_none_handles_nothing() -> None:

@@ -271,7 +271,7 @@ def test_a_runtime_whose_loop_was_closed_under_it_can_start_in_another() -> None
 def test_construction_needs_no_loop() -> None:
     alice = Runtime("alice", [Stash()], transport=MemoryTransport(MemoryHub()))
     assert repr(alice) == "Runtime('alice', services=[stash], not started)"
-    assert alice.peers == ()
+    assert alice.peers == {}
     assert alice.stats().sent == 0
 
 
@@ -392,7 +392,10 @@ async def test_a_service_that_stops_too_late_is_refused_by_those_that_have_stopp
 
     async with Node("alice", Noted("first", [], stop=ask_too_late), Stash()) as alice:
         pass
-    assert alice.stats().dropped == {("stash:store", "draining"): 1, ("social:tease", "draining"): 1}
+    assert alice.stats().dropped == {
+        ("stash:store", "mailbox", "draining"): 1,
+        ("social:tease", "mailbox", "draining"): 1,
+    }
 
 
 def plain_task_factory(loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:

@@ -15,13 +15,32 @@ from tests.runtime.nodes import everywhere
 Handler = Callable[[Any], Coroutine[Any, Any, None]]
 
 
+def thing(value: Any, size: int = 0, key: object = None) -> Any:
+    """Return `value` with what a mailbox wants to know of it."""
+    made = type("Thing", (type(value),), {})(value)
+    made.size, made.key = size, key
+    return made
+
+
 class Boxed:
     """A mailbox with a crew, and a record of what its handler began and ended."""
 
-    def __init__(self, *, max_mailbox: int = 10, max_concurrent: int = 3, handler: Handler | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        max_mailbox: int = 10,
+        max_bytes: int = 1000,
+        max_concurrent: int = 3,
+        handler: Handler | None = None,
+    ) -> None:
         self.crew = Crew("meshkit:alice:x", lambda *_: None)
         self.box: Mailbox[Any] = Mailbox(
-            "mailbox", self._run, self.crew.spawn, max_mailbox=max_mailbox, max_concurrent=max_concurrent
+            "mailbox",
+            self._run,
+            self.crew.spawn,
+            max_mailbox=max_mailbox,
+            max_bytes=max_bytes,
+            max_concurrent=max_concurrent,
         )
         self.begun: list[Any] = []
         self.ended: list[Any] = []
@@ -36,7 +55,7 @@ class Boxed:
 
     async def put(self, item: Any) -> None:
         await self.box.reserve()
-        self.box.put(item, reserved=True)
+        self.box.put(thing(item), reserved=True)
 
     async def end(self) -> None:
         self.box.close()
@@ -46,7 +65,7 @@ class Boxed:
 async def test_items_begin_in_order_and_run_at_the_same_time_up_to_the_limit() -> None:
     boxed = Boxed(max_concurrent=3)
     for seconds in (9, 4, 3, 5, 1):
-        boxed.box.put(seconds)
+        boxed.box.put(thing(seconds))
     boxed.box.open()
     await boxed.box.quiet()
     assert boxed.begun == [9, 4, 3, 5, 1]
@@ -60,7 +79,7 @@ async def test_with_one_worker_each_item_ends_before_the_next_begins() -> None:
     boxed = Boxed(max_concurrent=1)
     boxed.box.open()
     for seconds in (3, 2, 1):
-        boxed.box.put(seconds)
+        boxed.box.put(thing(seconds))
     await boxed.box.quiet()
     assert boxed.ended == [3, 2, 1]
     assert asyncio.get_running_loop().time() == 6
@@ -69,7 +88,7 @@ async def test_with_one_worker_each_item_ends_before_the_next_begins() -> None:
 
 async def test_nothing_begins_before_it_is_opened() -> None:
     boxed = Boxed()
-    boxed.box.put(0)
+    boxed.box.put(thing(0))
     await asyncio.sleep(1)
     assert boxed.begun == []
     boxed.box.open()
@@ -83,12 +102,12 @@ async def test_an_idle_mailbox_keeps_one_worker_and_an_unused_one_none() -> None
     boxed.box.open()
     assert not len_of(boxed)
     for _ in range(10):
-        boxed.box.put(1)
+        boxed.box.put(thing(1))
     await asyncio.sleep(0.5)
     assert len_of(boxed) == 10
     await asyncio.sleep(1)
     assert len_of(boxed) == 1
-    boxed.box.put(0)
+    boxed.box.put(thing(0))
     await boxed.box.quiet()
     assert len_of(boxed) == 1
     await boxed.end()
@@ -101,8 +120,8 @@ def len_of(boxed: Boxed) -> int:
 async def test_workers_have_names() -> None:
     boxed = Boxed()
     boxed.box.open()
-    boxed.box.put(1)
-    boxed.box.put(1)
+    boxed.box.put(thing(1))
+    boxed.box.put(thing(1))
     await asyncio.sleep(0.5)
     names = {task.get_name() for task in asyncio.all_tasks()}
     assert {"meshkit:alice:x:worker-1", "meshkit:alice:x:worker-2"} <= names
@@ -114,7 +133,7 @@ async def test_handlers_that_do_not_wait_let_others_run_now_and_then() -> None:
 
     boxed = Boxed(max_mailbox=1000, max_concurrent=1, handler=at_once)
     for number in range(1000):
-        boxed.box.put(number)
+        boxed.box.put(thing(number))
     boxed.box.open()
     turns = 0
     while boxed.box.busy:
@@ -126,14 +145,14 @@ async def test_handlers_that_do_not_wait_let_others_run_now_and_then() -> None:
 
 async def test_whoever_waits_for_room_gets_it_in_order_and_nobody_overtakes() -> None:
     boxed = Boxed(max_mailbox=1, max_concurrent=1)
-    boxed.box.put(1)
+    boxed.box.put(thing(1))
     waiting = [asyncio.create_task(boxed.put(item)) for item in (2, 3)]
     await asyncio.sleep(0)
-    assert not boxed.box.has_room
+    assert not boxed.box.has_room()
     boxed.box.open()
     await asyncio.sleep(0.5)
     assert len(boxed.box) == 1, "the first one waited for the place that became free"
-    assert not boxed.box.has_room
+    assert not boxed.box.has_room()
     await asyncio.gather(*waiting)
     await boxed.box.quiet()
     assert boxed.ended == [1, 2, 3]
@@ -142,11 +161,11 @@ async def test_whoever_waits_for_room_gets_it_in_order_and_nobody_overtakes() ->
 
 async def test_who_is_given_a_place_has_it_before_anybody_else_can_take_it() -> None:
     boxed = Boxed(max_mailbox=1)
-    boxed.box.put("a")
+    boxed.box.put(thing("a"))
     waiting = asyncio.create_task(boxed.put("b"))
     await asyncio.sleep(0)
-    assert boxed.box.discard("a")
-    assert not boxed.box.has_room, "the place is promised, though nothing is in it"
+    assert boxed.box.discard(thing("a"))
+    assert not boxed.box.has_room(), "the place is promised, though nothing is in it"
     await waiting
     assert boxed.box.close() == ["b"]
 
@@ -154,15 +173,15 @@ async def test_who_is_given_a_place_has_it_before_anybody_else_can_take_it() -> 
 def test_a_cancelled_waiter_gives_its_place_to_the_next() -> None:
     async def scenario(point: CancellationPoint) -> None:
         boxed = Boxed(max_mailbox=1)
-        boxed.box.put("a")
-        asyncio.get_running_loop().call_later(1, boxed.box.discard, "a")
+        boxed.box.put(thing("a"))
+        asyncio.get_running_loop().call_later(1, boxed.box.discard, thing("a"))
         first = asyncio.create_task(point.cancel(boxed.put("b")))
         await asyncio.sleep(0)
         second = asyncio.create_task(boxed.put("c"))
         if not await first:
-            assert boxed.box.discard("b")
+            assert boxed.box.discard(thing("b"))
         await second
-        assert not boxed.box.has_room
+        assert not boxed.box.has_room()
         assert boxed.box.close() == ["c"]
 
     everywhere(scenario)
@@ -176,7 +195,7 @@ async def test_a_worker_does_not_wait_for_room_in_its_own_mailbox() -> None:
                 await boxed.put("third")
 
     boxed = Boxed(max_mailbox=1, max_concurrent=1, handler=put_two_more)
-    boxed.box.put("first")
+    boxed.box.put(thing("first"))
     boxed.box.open()
     await boxed.box.quiet()
     assert boxed.ended == ["first", "second"]
@@ -185,8 +204,8 @@ async def test_a_worker_does_not_wait_for_room_in_its_own_mailbox() -> None:
 
 async def test_close_fails_those_who_wait_and_returns_what_nobody_has_begun() -> None:
     boxed = Boxed(max_mailbox=2)
-    boxed.box.put("a")
-    boxed.box.put("b")
+    boxed.box.put(thing("a"))
+    boxed.box.put(thing("b"))
     waiting = asyncio.create_task(boxed.put("c"))
     await asyncio.sleep(0)
     assert boxed.box.close() == ["a", "b"]
@@ -194,14 +213,14 @@ async def test_close_fails_those_who_wait_and_returns_what_nobody_has_begun() ->
         await waiting
     with pytest.raises(Closed):
         await boxed.put("d")
-    assert not boxed.box.has_room
+    assert not boxed.box.has_room()
     assert boxed.box.close() == []
 
 
 async def test_a_waiter_may_be_cancelled_and_closed_upon_at_once() -> None:
     for close_first in (True, False):
         boxed = Boxed(max_mailbox=1)
-        boxed.box.put("a")
+        boxed.box.put(thing("a"))
         waiting = asyncio.create_task(boxed.put("b"))
         await asyncio.sleep(0)
         if close_first:
@@ -214,11 +233,11 @@ async def test_a_waiter_may_be_cancelled_and_closed_upon_at_once() -> None:
 
 async def test_a_waiter_that_is_cancelled_as_a_place_becomes_free_does_not_get_it() -> None:
     boxed = Boxed(max_mailbox=1)
-    boxed.box.put("a")
+    boxed.box.put(thing("a"))
     first, second = (asyncio.create_task(boxed.put(item)) for item in ("b", "c"))
     await asyncio.sleep(0)
     first.cancel()
-    boxed.box.discard("a")
+    boxed.box.discard(thing("a"))
     await second
     assert first.cancelled()
     assert boxed.box.close() == ["c"]
@@ -227,12 +246,12 @@ async def test_a_waiter_that_is_cancelled_as_a_place_becomes_free_does_not_get_i
 async def test_what_has_begun_cannot_be_discarded() -> None:
     boxed = Boxed(max_concurrent=1)
     boxed.box.open()
-    boxed.box.put(1)
-    boxed.box.put(2)
+    boxed.box.put(thing(1))
+    boxed.box.put(thing(2))
     await asyncio.sleep(0.5)
-    assert not boxed.box.discard(1)
-    assert boxed.box.discard(2)
-    assert not boxed.box.discard(3)
+    assert not boxed.box.discard(thing(1))
+    assert boxed.box.discard(thing(2))
+    assert not boxed.box.discard(thing(3))
     await boxed.box.quiet()
     assert boxed.ended == [1]
     await boxed.end()
@@ -240,13 +259,13 @@ async def test_what_has_begun_cannot_be_discarded() -> None:
 
 async def test_a_mailbox_is_quiet_when_the_last_item_is_discarded_or_closed_away() -> None:
     boxed = Boxed()
-    boxed.box.put(1)
+    boxed.box.put(thing(1))
     quiet = asyncio.create_task(boxed.box.quiet())
     await asyncio.sleep(1)
     assert not quiet.done()
-    boxed.box.discard(1)
+    boxed.box.discard(thing(1))
     await quiet
-    boxed.box.put(2)
+    boxed.box.put(thing(2))
     quiet = asyncio.create_task(boxed.box.quiet())
     await asyncio.sleep(1)
     boxed.box.close()
@@ -264,7 +283,7 @@ async def test_when_a_worker_is_cancelled_from_inside_the_others_go_on_with_what
     boxed = Boxed(max_concurrent=1, handler=cancel_own_task)
     boxed.box.open()
     for item in ("bad", "good", "bad", "good"):
-        boxed.box.put(item)
+        boxed.box.put(thing(item))
     await boxed.box.quiet()
     assert boxed.begun == ["bad", "good", "bad", "good"]
     assert boxed.ended == ["good", "good"]
@@ -297,15 +316,15 @@ def test_whatever_happens_each_item_is_handled_once_and_in_order(
 
         async def put_waiting(item: tuple[int, int]) -> None:
             await boxed.box.reserve()
-            boxed.box.put(item, reserved=True)
+            boxed.box.put(thing(item), reserved=True)
             accepted.append(item)
 
         for number, (verb, argument, at) in enumerate(program):
             if number == len(program) // 3:
                 boxed.box.open()
             item = (number, argument)
-            if verb == "put" and boxed.box.has_room:
-                boxed.box.put(item)
+            if verb == "put" and boxed.box.has_room():
+                boxed.box.put(thing(item))
                 accepted.append(item)
             elif verb == "wait":
                 putting.append(asyncio.create_task(put_waiting(item)))
@@ -313,7 +332,7 @@ def test_whatever_happens_each_item_is_handled_once_and_in_order(
                 putting[at % len(putting)].cancel()
             elif verb == "discard" and accepted:
                 chosen = accepted[at % len(accepted)]
-                if boxed.box.discard(chosen):
+                if boxed.box.discard(thing(chosen)):
                     discarded.append(chosen)
                     assert chosen not in boxed.begun
             elif verb == "pause":
@@ -326,7 +345,7 @@ def test_whatever_happens_each_item_is_handled_once_and_in_order(
         kept = [item for item in accepted if item not in discarded]
         assert boxed.begun == kept
         assert sorted(boxed.ended) == sorted(kept)
-        assert boxed.box.has_room
+        assert boxed.box.has_room()
         await boxed.end()
 
     run(main)

@@ -286,4 +286,4 @@ async def test_two_runtimes_in_one_loop_know_nothing_of_each_other() -> None:
         await first.call(STORE, Store("first"), to="alice")
         await second.call(STORE, Store("second"), to="alice")
         assert (one.begun, two.begun) == (["first"], ["second"])
-        assert (first.peers, second.peers) == ((), ())
+        assert (first.peers, second.peers) == ({}, {})

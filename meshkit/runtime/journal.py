@@ -1,0 +1,109 @@
+"""The journal of a node: what became of its messages, in numbers, and of the latest of them one by one.
+
+>>> journal = Journal()
+>>> journal.note("5f", "sent to 'bob'")
+>>> journal.drop("social:tease", "rate_limit", "rate_limited", "5f", "bob")
+>>> print(journal.explain("5f"))
+message 5f
+  sent to 'bob'
+  dropped at rate_limit: rate_limited
+"""
+
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from meshkit.events import Event, Observer, notify
+
+__all__ = ["Journal", "MessageDropped", "RuntimeStats"]
+
+
+@dataclass(frozen=True, slots=True)
+class MessageDropped(Event):
+    """A message, or a frame (without kind and id), went no further than `stage`, and why."""
+
+    kind: str
+    stage: str
+    reason: str
+    message_id: str
+    sender: str
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeStats:
+    """What a runtime has done since it started.
+
+    delivered = handled + failed + cancelled + cut + queued + running, where what waits to be retried is queued.
+    """
+
+    sent: int = 0
+    """Messages emitted, and calls made."""
+    delivered: int = 0
+    """Messages that were put into mailboxes; one for two services counts twice."""
+    handled: int = 0
+    """Handlers that returned."""
+    failed: int = 0
+    """Handlers that raised, and are not to be called again."""
+    retried: int = 0
+    """Handlers that raised, and were called again."""
+    cancelled: int = 0
+    """Messages that were given up: their caller had gone, or a newer one needed their place."""
+    cut: int = 0
+    """Messages whose handler had not begun, or not ended, when the runtime stopped."""
+    queued: int = 0
+    """Messages that wait in mailboxes."""
+    running: int = 0
+    """Messages that are being handled."""
+    pending: int = 0
+    """Calls that wait for their answer."""
+    dropped: Mapping[tuple[str, str, str], int] = field(default_factory=dict[tuple[str, str, str], int])
+    """Messages that reached no mailbox, by kind ("" where no service here handles it), stage and reason."""
+
+
+class Journal:
+    """Counts everything; remembers the last `DROPS` drops, and the last `NOTES` steps of any messages."""
+
+    DROPS = 1_000
+    NOTES = 10_000
+
+    def __init__(self, observer: Observer | None = None) -> None:
+        self.sent = self.delivered = self.handled = self.failed = self.retried = self.cancelled = 0
+        self.cut: Counter[str] = Counter()  # by kind
+        self.dropped: Counter[tuple[str, str, str]] = Counter()
+        self.drops: deque[MessageDropped] = deque(maxlen=self.DROPS)
+        self._notes: deque[tuple[str, str]] = deque(maxlen=self.NOTES)
+        self._observer = observer
+
+    def note(self, message_id: str, step: str) -> None:
+        """Remember a step of a message."""
+        self._notes.append((message_id, step))
+
+    def drop(self, kind: str, stage: str, reason: str, message_id: str = "", sender: str = "") -> None:
+        """Count and remember a message that goes no further."""
+        self.dropped[kind, stage, reason] += 1
+        dropped = MessageDropped(kind, stage, reason, message_id, sender)
+        self.drops.append(dropped)
+        if message_id:
+            self.note(message_id, f"dropped at {stage}: {reason}")
+        notify(self._observer, dropped)
+
+    def explain(self, message_id: str) -> str:
+        """Tell the story of a message, as far as it is remembered."""
+        steps = [step for of, step in self._notes if of == message_id]
+        return "\n  ".join([f"message {message_id}", *(steps or ["nothing is remembered of it here"])])
+
+    def stats(self, *, queued: int, running: int, pending: int) -> RuntimeStats:
+        """Return the numbers so far."""
+        return RuntimeStats(
+            sent=self.sent,
+            delivered=self.delivered,
+            handled=self.handled,
+            failed=self.failed,
+            retried=self.retried,
+            cancelled=self.cancelled,
+            cut=self.cut.total(),
+            queued=queued,
+            running=running,
+            pending=pending,
+            dropped=dict(self.dropped),
+        )
