@@ -381,7 +381,12 @@ def test_it_keeps_its_promises_with_eager_tasks() -> None:
     run(main)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+def begins_at_once(loop: asyncio.AbstractEventLoop, coroutine: Any, **_: Any) -> Any:
+    """Make no task of what raises before its first await: what eager tasks do, on Python 3.11 too."""
+    coroutine.send(None)
+    raise AssertionError
+
+
 def test_an_exit_out_of_an_eager_flush_comes_out_and_the_batch_is_told() -> None:
     told = Told()
 
@@ -391,13 +396,36 @@ def test_an_exit_out_of_an_eager_flush_comes_out_and_the_batch_is_told() -> None
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        loop.set_task_factory(cast("Any", asyncio).eager_task_factory)
-        loop.set_exception_handler(lambda *_: None)  # asyncio forgets that the task's exception came out
         async with BatchCollector(flush, max_size=1, max_wait=1, on_error=told) as collector:
+            loop.set_task_factory(begins_at_once)
             with pytest.raises(SystemExit):
                 await collector.add("a")
+            loop.set_task_factory(None)
             await collector.add("b")
         assert (collector.stats().flushed, collector.stats().failed) == (1, 1)
 
     run(main)
     assert [(items, type(error)) for items, error in told.calls] == [(["a"], OutcomeUnknown)]
+
+
+def test_an_exit_out_of_the_next_eager_flush_does_not_keep_the_last_batch_from_being_told() -> None:
+    told = Told()
+
+    async def flush(items: list[str]) -> None:
+        loop = asyncio.get_running_loop()
+        if items == ["b"]:
+            loop.set_task_factory(None)
+            raise SystemExit(3)
+        await asyncio.sleep(1)
+        loop.set_task_factory(begins_at_once)
+        raise ConnectionError
+
+    async def main() -> None:
+        async with BatchCollector(flush, max_size=1, max_wait=1, on_error=told) as collector:
+            await collector.add("a")
+            await collector.add("b")
+            await asyncio.sleep(5)
+
+    with pytest.raises(SystemExit):
+        run(main)
+    assert told.items == ["a", "b"]
