@@ -261,7 +261,13 @@ class CallRegistry(Generic[T]):
         if isinstance(outcome, _Failure):
             self._count(call_id, begun, outcome.outcome)
             if outcome.error is not None:
-                raise outcome.error
+                try:
+                    raise outcome.error
+                finally:
+                    del (
+                        future,
+                        outcome,
+                    )  # they hold the error, which holds this frame: a cycle
             if outcome.outcome == "closed":
                 raise Closed(name=self._name, executed="maybe")
             raise CallTimeout(name=self._name, timeout=timeout)
@@ -303,8 +309,16 @@ class CallRegistry(Generic[T]):
     async def _finish_sending(self, sent: Awaitable[object], future: "asyncio.Future[Any]", deadline: float) -> None:
         """Wait for an async send until it is done, the deadline has come, or the call has failed."""
         with CancelScope(deadline=deadline) as scope:
-            future.add_done_callback(lambda _: None if _answered(future) else scope.cancel())
-            await sent
+
+            def cut_if_failed(_: object) -> None:
+                if not _answered(future):
+                    scope.cancel()
+
+            future.add_done_callback(cut_if_failed)
+            try:
+                await sent
+            finally:
+                future.remove_done_callback(cut_if_failed)
 
     def _settle(self, call_id: str, outcome: T | _Failure) -> bool:
         future = self._pending.take(call_id, True)
@@ -312,9 +326,8 @@ class CallRegistry(Generic[T]):
             return self._ignore(call_id, self._pending.why_ignored(call_id))
         if not self._pending.calls:
             self._set_timer(math.inf)
-        if future.done():  # the caller has been cancelled, and has not run since
+        if not _give(future, outcome):
             return self._ignore(call_id, "late")
-        future.set_result(outcome)
         return True
 
     def _abandon(self, call_id: str, future: "asyncio.Future[T | _Failure]") -> None:
@@ -347,9 +360,16 @@ class CallRegistry(Generic[T]):
     def _end(self, until: float | None = None, outcome: _Outcome = "timed_out") -> None:
         """End the calls whose deadline is up to `until` (None: now)."""
         for future in self._pending.expire(self._now() if until is None else until):
-            if not future.done():
-                future.set_result(_Failure(outcome))
+            _give(future, _Failure(outcome))
         self._set_timer(self._pending.wake_at())
+
+
+def _give(future: "asyncio.Future[Any]", outcome: object) -> bool:
+    """Settle a call; return False if its caller was cancelled, and has not run since, or went down with its loop."""
+    if future.done() or future.get_loop().is_closed():
+        return False
+    future.set_result(outcome)
+    return True
 
 
 def _answered(future: "asyncio.Future[Any]") -> bool:

@@ -1,7 +1,10 @@
 """How calls end otherwise: errors, the limit, closing; who is told; and where a registry may be used."""
 
 import asyncio
+import contextlib
+import gc
 import pickle
+import weakref
 from collections.abc import Generator
 from typing import Any
 
@@ -25,6 +28,24 @@ async def test_the_error_given_to_reject_is_raised_in_the_caller() -> None:
     assert caught.value is error
     assert clock() == 1.0
     assert registry.stats().rejected == 1
+
+
+async def test_an_error_that_was_given_to_reject_is_not_kept_alive_by_the_call_that_raised_it() -> None:
+    registry: CallRegistry[None] = CallRegistry()
+    gone: list[weakref.ref[Exception]] = []
+
+    def send(call_id: str) -> None:
+        error = PeerLost(node="bob")
+        gone.append(weakref.ref(error))
+        registry.reject(call_id, error)
+
+    gc.disable()
+    try:
+        with contextlib.suppress(PeerLost):
+            await registry.call(send)
+        assert gone[0]() is None, "there is no cycle that only the garbage collector could end"
+    finally:
+        gc.enable()
 
 
 async def test_an_error_that_counts_as_false_is_raised_too() -> None:
@@ -291,6 +312,23 @@ def test_what_a_closed_loop_has_left_pending_does_not_disturb_the_next_one() -> 
     run(main)
     left.close()
     assert len(registry) == 0
+
+
+def test_what_comes_for_calls_of_a_closed_loop_is_late_and_no_error() -> None:
+    registry: CallRegistry[str] = CallRegistry()
+    loop = asyncio.new_event_loop()
+    left = [loop.create_task(registry.call(nowhere, id=str(number))) for number in range(4)]
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    assert len(registry) == 4
+    assert registry.resolve("0", "too late") is False
+    assert registry.reject("1", ValueError()) is False
+    assert registry.stats().late == 2
+    registry.close()
+    assert len(registry) == 0
+    for call in left:
+        call.get_coro().close()
+        call._log_destroy_pending = False  # type: ignore[attr-defined]  # it was left on purpose
 
 
 def test_another_loop_cannot_take_it_while_calls_are_pending_on_the_first() -> None:
