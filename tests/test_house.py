@@ -37,9 +37,16 @@ UTILITIES = {
 }
 LAYERS = [BASE, UTILITIES, {"runtime"}, {"transports"}, {"testing", "telemetry", "inspector"}]
 CORES = {
+    "_chunks": {"Chunks"},
+    "_event_batch": {"EventBatch"},
+    "_generations": {"Streak", "LastCalls", "Window", "Probation"},
+    "_key_times": {"KeyTimes"},
+    "_retry_budget": {"RetryBudget"},
     "batch": {"Batch"},
+    "bulkhead": {"Slots"},
     "call_registry": {"PendingCalls"},
     "circuit_breaker": {"Circuit"},
+    "dedup": {"SeenKeys"},
     "rate_limiter": {"SlidingWindow"},
     "retrier": {"Backoff"},
 }
@@ -57,7 +64,7 @@ NOT_IN_A_CORE = {
     "print",
     "open",
 }
-HEAVY = {"nacl": {"encryptor"}, "structlog": {"logger"}, "msgspec": {"runtime", "transports", "testing"}}
+HEAVY = {"nacl": {"encryptor", "runtime"}, "structlog": {"logger"}, "msgspec": {"runtime", "transports", "testing"}}
 
 
 def tree(module: str) -> ast.Module:
