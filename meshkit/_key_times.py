@@ -185,14 +185,18 @@ class KeyTimes:
         if self.until(last, now) > now or key in self._keep:
             self._oldest = min(self._oldest, last)
             return False
-        del self._places[key]
+        if key in self._places:  # else see `_last`
+            del self._places[key]
         self._long.pop(key, None)
         self._keys[ring] = _NOBODY
         self._free.append(ring)
         return True
 
     def _last(self, key: Hashable) -> float:
-        place = self._places[key]
+        try:
+            place = self._places[key]
+        except KeyError:  # its hash is another one now: nobody finds it again, and nobody else shall suffer from that
+            return -math.inf
         if place < 0:
             times = self._long[key]
             return times[-1] if times else -math.inf

@@ -9,6 +9,7 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Hashable
+from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -19,6 +20,9 @@ from meshkit.errors import CallTimeout
 __all__ = ["Results", "SharedRun", "SharedRuns"]
 
 T = TypeVar("T")
+
+# The scopes of the runs from within which a call is made.
+_inside: ContextVar[tuple[anyio.CancelScope, ...]] = ContextVar("_inside", default=())
 
 
 class Results:
@@ -31,7 +35,7 @@ class Results:
         self._ttl = ttl
         self._max_keys = max_keys
         self._results: dict[Hashable, tuple[float, Any]] = {}
-        self._to_check: list[Hashable] = []  # the last of these is next; once they were all keys
+        self._to_check: list[Hashable] = []  # the last of these is next
 
     def __len__(self) -> int:
         return len(self._results)
@@ -47,8 +51,10 @@ class Results:
         if key not in self._results:
             for _ in range(2):
                 self._check_one(now)
-            while len(self._results) >= self._max_keys:
+            if len(self._results) >= self._max_keys:
                 self._check_one(math.inf)
+            if len(self._results) >= self._max_keys:  # that one was not found: its hash has changed
+                self._results.popitem()
         self._results[key] = (now, result)
 
     def _check_one(self, now: float) -> None:
@@ -62,6 +68,7 @@ class Results:
     def cleanup(self, now: float) -> None:
         """Forget every result that is too old. Cost: O(keys)."""
         self._results = {key: value for key, value in self._results.items() if self.get(key, now)[0]}
+        self._to_check = []
 
 
 class SharedRun(Generic[T]):
@@ -81,10 +88,14 @@ class SharedRun(Generic[T]):
 
     @property
     def open(self) -> bool:
-        """Whether it can be joined: it has not ended, and is not ending because everybody left or is out of time."""
-        return not (self.task.done() or self._abandoned or self._scope.cancel_called)
+        """Whether the caller can join: it has not ended, nor is about to, and this is no call from within.
+
+        It is about to end when everybody has left, or is out of time. A call from within would wait for itself.
+        """
+        return not (self.task.done() or self._abandoned or self._scope.cancel_called or self._scope in _inside.get())
 
     async def _run(self, fn: Callable[[], Awaitable[T]]) -> T:
+        _inside.set((*_inside.get(), self._scope))  # the context is this task's own, and that of tasks it starts
         start = now()
         with self._scope:
             return await fn()

@@ -307,7 +307,7 @@ class RateLimiter(Guard):
 
         Those who come while a call for the key is under way share it, and its result or error. It runs in a task of its
         own until it is done, or until the last of them is cancelled; its deadline is the latest of theirs. Errors are
-        not remembered.
+        not remembered. What `fn` itself asks for the same key is a request of its own.
 
         Raises:
             RateLimited: The request was refused, and there is no result of the last two windows.

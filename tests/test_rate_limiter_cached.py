@@ -43,6 +43,16 @@ class Work:
         return self.result
 
 
+class Changing:
+    """A key with a hash that changes, which a key should not have."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
 async def test_the_verification_of_pings_as_the_specification_has_it() -> None:
     pings = RateLimiter(max_count=1, window=60.0)
     sent = 0
@@ -133,6 +143,16 @@ class ResultsMachine(RuleBasedStateMachine):
         assert found.items() <= fresh.items()
         if len(self.naive) <= 3:
             assert found == fresh
+
+
+def test_results_whose_keys_have_changed_are_forgotten_like_others() -> None:
+    results = Results(ttl=10.0, max_keys=1)
+    key = Changing("bob")
+    results.put(key, 1, 0.0)
+    key.name = "carol"
+    results.put("dave", 2, 0.0)
+    assert len(results) == 1
+    assert results.get("dave", 0.0) == (True, 2)
 
 
 ResultsMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=25)
@@ -229,6 +249,27 @@ async def test_a_function_that_cannot_even_be_called_is_an_error_like_any_other(
     with pytest.raises(TypeError, match="takes 1 positional argument but 2 were given"):
         await limiter.call_or_cached("bob", Work(), 1)  # type: ignore[call-arg]
     assert await limiter.call_or_cached("bob", Work()) == "result"
+
+
+@pytest.mark.parametrize("in_a_task", [False, True])
+async def test_a_call_that_asks_for_its_own_key_does_not_wait_for_itself(in_a_task: bool) -> None:
+    limiter = RateLimiter(2, 10.0)
+    begun = 0
+
+    async def recursive() -> str:
+        nonlocal begun
+        begun += 1
+        again = limiter.call_or_cached("bob", recursive)
+        try:
+            return await (asyncio.create_task(again) if in_a_task else again)
+        except RateLimited:
+            return "the limit ends it"
+
+    assert await limiter.call_or_cached("bob", recursive) == "the limit ends it"
+    assert begun == 2
+    assert await limiter.call_or_cached("bob", recursive) == "the limit ends it", "from memory"
+    assert begun == 2
+    assert not len(limiter._runs)
 
 
 @pytest.mark.parametrize("which", range(5))
