@@ -261,8 +261,9 @@ class BatchCollector(Generic[T, F_co]):
             BatchFull: There is no room, and this is called from inside `flush`, which alone could make some.
         """
         core = self._core
-        if len(core.items) < core.quick:
-            core.items.append(item)
+        items = core.items
+        if len(items) < core.quick:
+            items.append(item)
         elif not self._accept(item):
             await self._accept_in_turn(item)
 
@@ -286,12 +287,9 @@ class BatchCollector(Generic[T, F_co]):
             Closed: The collector was stopped before the item was flushed (`executed` is "no"), or meanwhile ("maybe").
         """
         self._refuse_inside_flush("submit")
-        try:
-            future = self.submit_nowait(item)
-        except BatchFull:
-            future = None
-        if future is None:
-            future = self._loop.create_future()
+        self._check_open()
+        future: asyncio.Future[R] = self._loop.create_future()
+        if not self._accept(item, future):
             await self._accept_in_turn(item, future)
         try:
             return await future
