@@ -30,7 +30,7 @@ class Generation:
         self.failed_at = 0.0
         self.slow_call = self.patience = slow_call
         self.watched: dict[Watched, bool] = {}  # what is told apart, the oldest first
-        self.since = 0.0  # none of them was there before: in the `patience` from here on, `look` has nothing to do
+        self.since = -math.inf  # when the oldest began, or earlier: for `patience` from then, nothing to `look` for
 
     @property
     def fails(self) -> bool:

@@ -158,7 +158,8 @@ class Circuit:
         if self.mode is _OPEN:
             return self._until - now if self._opened_at <= now < self._until else 0.0
         if self.generation.full:
-            return max(0.0, next(iter(self.generation.watched)).start + self._reset_timeout - now)
+            start = next(iter(self.generation.watched)).start
+            return max(0.0, start + self._reset_timeout - now) if start <= now else 0.0
         return 0.0
 
     def idle(self, now: float) -> bool:

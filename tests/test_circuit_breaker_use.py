@@ -5,9 +5,10 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
+from hypothesis import given, strategies as st
 
 from meshkit.circuit_breaker import CircuitBreaker, CircuitChanged, FailureRate, State
 from meshkit.errors import CircuitOpen, Refused
@@ -154,6 +155,57 @@ def test_blocks_need_no_loop() -> None:
         block().send(None)
     assert stopped.value.value == "done"
     assert breaker.stats().calls == 1
+    assert nothing_open(breaker)
+
+
+Step = Literal["enter", "leave", "fail", "reset", "isolate"]
+
+
+@pytest.mark.parametrize("slow_call", [None, 1e6])
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(get_args(Step))), max_size=40))
+def test_every_block_is_left_with_the_lease_it_was_entered_with(
+    slow_call: float | None, steps: list[tuple[int, Step]]
+) -> None:
+    """Blocks of one task nest, so each task has a stack of them; the model keeps these stacks."""
+    breaker = CircuitBreaker(FailureRate(calls=100, minimum_calls=100, slow_call=slow_call))
+    queues: list[asyncio.Queue[Step]] = [asyncio.Queue() for _ in range(4)]
+
+    async def blocks(queue: asyncio.Queue[Step]) -> None:
+        while (step := await queue.get()) == "enter":
+            with contextlib.suppress(OSError, CircuitOpen):
+                async with breaker:
+                    await blocks(queue)
+        if step == "fail":
+            raise OSError
+
+    async def main() -> None:
+        open_in: list[list[int]] = [[] for _ in queues]  # the generations that the blocks of each task belong to
+        tasks = [asyncio.create_task(blocks(queue)) for queue in queues]
+        generation = calls = failures = 0
+        isolated = False
+        for task, step in steps:
+            if step in ("reset", "isolate"):
+                isolated = step == "isolate"
+                breaker.isolate() if isolated else breaker.reset()
+                generation, calls, failures = generation + 1, 0, 0
+            elif step == "enter":
+                queues[task].put_nowait(step)
+                if not isolated:
+                    open_in[task].append(generation)
+            elif open_in[task]:
+                queues[task].put_nowait(step)
+                counts = open_in[task].pop() == generation
+                calls += counts
+                failures += counts and step == "fail"
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert (breaker.stats().calls, breaker.stats().failures) == (calls, failures)
+        for queue, generations in zip(queues, open_in, strict=True):
+            for _ in range(len(generations) + 1):
+                queue.put_nowait("leave")
+        await asyncio.gather(*tasks)
+
+    run(main)
     assert nothing_open(breaker)
 
 
@@ -401,6 +453,42 @@ def test_it_is_made_without_a_loop_and_works_in_two_loops_one_after_the_other() 
     run(late)
     run(early)
     assert isinstance(seen(breaker), State), "without a loop, too"
+
+
+def test_a_probe_left_over_from_a_loop_with_a_later_clock_holds_no_place() -> None:
+    breaker = CircuitBreaker(failure_threshold=1, reset_timeout=30.0)
+
+    async def late() -> None:
+        await asyncio.sleep(5_000)
+        breaker.record_failure()
+        await asyncio.sleep(30)
+        assert breaker.allow_request()  # and nobody ever says what came of it
+
+    async def early() -> None:
+        assert breaker.stats().retry_after == 0.0
+        assert await breaker.call(ok) == 1
+        assert seen(breaker) is State.CLOSED
+
+    run(late)
+    run(early)
+
+
+@pytest.mark.parametrize("interrupted", ["observer", "predicate"])
+async def test_an_observer_or_predicate_that_interrupts_loses_no_place(interrupted: str) -> None:
+    def observe(event: Event) -> None:
+        if interrupted == "observer" and isinstance(event, CircuitChanged) and event.after is State.HALF_OPEN:
+            raise GeneratorExit
+
+    def predicate(_: Exception) -> bool:
+        raise GeneratorExit
+
+    breaker = tripped(reset_timeout=10.0, observer=observe, trips_on=predicate)
+    await asyncio.sleep(10)
+    with pytest.raises(GeneratorExit):
+        await breaker.call(boom)
+    assert (seen(breaker), breaker.stats().probes) == (State.HALF_OPEN, 0)
+    assert await breaker.call(ok) == 1
+    assert seen(breaker) is State.CLOSED
 
 
 def test_repr_shows_settings_and_state() -> None:
