@@ -153,8 +153,8 @@ class KeyTimes:
         """Return when a new key can be added if nothing else is; where there are more than 64, an estimate."""
         if self.has_room(now):
             return now
-        soonest = min(self.until(self._last(key), now) for key in self._keys[: self.STEPS])
-        return max(soonest, math.nextafter(now, math.inf))
+        first = min(map(self._last, self._keys[: self.STEPS]))
+        return max(self.until(first, now), math.nextafter(now, math.inf))
 
     def counts(self, now: float) -> bool:
         """Return whether any time counts. Cost: O(keys) where none does."""

@@ -121,8 +121,10 @@ class SlidingWindow(KeyTimes):
                     return False
             times.append(now)
             return True
-        if self.free_at(key, now, cost) > now:
-            self.refused_keys += key not in self
+        self.check_cost(cost)
+        is_new = key not in self
+        if not self.has_room(now) if is_new else self.free_at(key, now, cost) > now:
+            self.refused_keys += is_new
             return False
         self.add(key, now, cost)
         return True
