@@ -232,10 +232,7 @@ class CallRegistry(Generic[T]):
         loop = self._loop
         if loop is None or not loop.is_running():  # cheaper than asking each time which loop is running
             loop = self._bind(asyncio.get_running_loop())
-        if id is not None:
-            call_id = id
-        else:
-            call_id = os.urandom(16).hex() if self._rng is None else f"{self._rng.getrandbits(128):032x}"
+        call_id = self._new_id() if id is None else id
         future: asyncio.Future[T | _Failure] = loop.create_future()
         begun = self._now()
         wake_at = self._pending.add(call_id, future, begun + timeout)
@@ -264,16 +261,11 @@ class CallRegistry(Generic[T]):
                 try:
                     raise outcome.error
                 finally:
-                    del (
-                        future,
-                        outcome,
-                    )  # they hold the error, which holds this frame: a cycle
+                    del future, outcome  # they hold the error, and it holds this frame: a cycle
             if outcome.outcome == "closed":
                 raise Closed(name=self._name, executed="maybe")
             raise CallTimeout(name=self._name, timeout=timeout)
-        self._outcomes["replied"] += 1  # as _count does, without calling it for what is common
-        if self._observer is not None:
-            notify(self._observer, CallEnded(self._name, call_id, "replied", self._now() - begun))
+        self._count(call_id, begun, "replied")
         return outcome
 
     def resolve(self, call_id: str, response: T) -> bool:
@@ -297,6 +289,9 @@ class CallRegistry(Generic[T]):
     def stats(self) -> CallRegistryStats:
         """Return what has happened so far."""
         return CallRegistryStats(pending=len(self), **self._outcomes, **self._ignored)
+
+    def _new_id(self) -> str:
+        return os.urandom(16).hex() if self._rng is None else f"{self._rng.getrandbits(128):032x}"
 
     def _bind(self, loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
         if self._pending.calls and self._loop is not None and not self._loop.is_closed():
@@ -326,9 +321,7 @@ class CallRegistry(Generic[T]):
             return self._ignore(call_id, self._pending.why_ignored(call_id))
         if not self._pending.calls:
             self._set_timer(math.inf)
-        if not _give(future, outcome):
-            return self._ignore(call_id, "late")
-        return True
+        return _give(future, outcome) or self._ignore(call_id, "late")
 
     def _abandon(self, call_id: str, future: "asyncio.Future[T | _Failure]") -> None:
         """Remove the call of a caller that was cancelled, or whose send failed."""

@@ -70,7 +70,7 @@ def plurality(values: Iterable[H]) -> H:
     Raises:
         NoQuorum: There are no values.
         TypeError: A value is not hashable, or its repr is an address, which differs between nodes.
-        ValueError: A value is, or holds, NaN or infinity.
+        ValueError: A value is NaN or infinite, or a tuple or frozenset that holds such a one or is nested too deep.
     """
     counts = _counted(values)
     if not counts:
