@@ -21,8 +21,8 @@ __all__ = ["Results", "SharedRun", "SharedRuns"]
 
 T = TypeVar("T")
 
-# The scopes of the runs from within which a call is made.
-_inside: ContextVar[tuple[anyio.CancelScope, ...]] = ContextVar("_inside", default=())
+# The ends of the runs from within which a call is made. (Not the runs: a task may live, and keep them, for long.)
+_inside: ContextVar[tuple[asyncio.Event, ...]] = ContextVar("_inside", default=())
 
 
 class Results:
@@ -82,6 +82,7 @@ class SharedRun(Generic[T]):
         self._name = name
         self._callers = 0
         self._abandoned = False
+        self._ended = asyncio.Event()
         self._scope = anyio.CancelScope(deadline=anyio.current_effective_deadline())
         self.task = self.loop.create_task(self._run(fn), name=name)
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may be nobody's any more
@@ -92,13 +93,17 @@ class SharedRun(Generic[T]):
 
         It is about to end when everybody has left, or is out of time. A call from within would wait for itself.
         """
-        return not (self.task.done() or self._abandoned or self._scope.cancel_called or self._scope in _inside.get())
+        return not (self.task.done() or self._abandoned or self._scope.cancel_called or self._ended in _inside.get())
 
     async def _run(self, fn: Callable[[], Awaitable[T]]) -> T:
-        _inside.set((*_inside.get(), self._scope))  # the context is this task's own, and that of tasks it starts
+        # The context is this task's own, and that of the tasks it starts.
+        _inside.set((*(ended for ended in _inside.get() if not ended.is_set()), self._ended))
         start = now()
-        with self._scope:
-            return await fn()
+        try:
+            with self._scope:
+                return await fn()
+        finally:
+            self._ended.set()
         if self._abandoned:
             raise asyncio.CancelledError
         raise CallTimeout(name=self._name, timeout=now() - start)  # for a caller whose deadline was moved meanwhile

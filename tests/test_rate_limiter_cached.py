@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from meshkit._results import Results
+from meshkit._results import Results, _inside
 from meshkit.errors import CallTimeout, RateLimited, TooManyKeys
 from meshkit.rate_limiter import RateLimiter
 from meshkit.testing import VirtualTimeLoop, cancellation_points, run
@@ -265,6 +265,25 @@ async def test_a_call_that_asks_for_its_own_key_does_not_wait_for_itself(in_a_ta
     assert await limiter.call_or_cached("bob", recursive) == "the limit ends it", "from memory"
     assert begun == 2
     assert not len(limiter._runs)
+
+
+async def test_calls_that_lead_to_one_another_leave_no_trail() -> None:
+    limiter = RateLimiter(1, 10.0)
+    trails: list[int] = []
+
+    async def renew() -> None:
+        trails.append(len(_inside.get()))
+        if len(trails) < 20:
+            later.append(asyncio.create_task(after_a_while()))
+
+    async def after_a_while() -> None:
+        await asyncio.sleep(10)
+        await limiter.call_or_cached("bob", renew)
+
+    later = [asyncio.create_task(after_a_while())]
+    for task in later:  # it grows as they end
+        await task
+    assert trails == [1] * 20
 
 
 @pytest.mark.parametrize("which", range(5))
