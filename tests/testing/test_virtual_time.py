@@ -1,5 +1,6 @@
 import asyncio
 import math
+import pathlib
 import signal
 import subprocess
 import sys
@@ -240,3 +241,15 @@ def test_the_pytest_plugin_costs_nothing_to_import() -> None:
     code = "import sys, meshkit.testing.pytest_plugin; print([m for m in sys.modules if m.startswith('meshkit.')])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "virtual_time" not in out
+
+
+def test_without_a_pytest_asyncio_that_asks_for_a_loop_the_fixture_fails_instead_of_waiting(
+    tmp_path: pathlib.Path,
+) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.asyncio\nasync def test_it(virtual_time): ...\ndef test_plain(virtual_time): ...\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:asyncio", "-p", "no:cacheprovider", "--rootdir", ".", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "virtual_time needs pytest-asyncio 1.5 or later" in done.stdout
+    assert "1 passed" in done.stdout
