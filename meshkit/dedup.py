@@ -125,13 +125,17 @@ class SeenKeys:
             self._remove(home, [key])
 
     def sweep(self, now: float, limit: int) -> int:
-        """Forget up to `limit` expired keys, the oldest first; return how many there were."""
+        """Forget up to `limit` expired keys; return how many there were."""
         found = 0
-        while self.count and found < limit:
-            home, _ = self._oldest()
-            expired = _first_expired(home, now, limit - found)
-            if not expired:
-                break
+        while self._heap and self._heap[0][0] <= now and found < limit:
+            index = self._heap[0][1]
+            home = self._dicts[index]
+            expired, first = _split(home, now, limit - found)
+            if first is None:
+                heapq.heappop(self._heap)
+                self._in_heap[index] = False
+            else:
+                heapq.heapreplace(self._heap, (first, index))
             self._remove(home, expired)
             found += len(expired)
         return found
@@ -154,7 +158,8 @@ class SeenKeys:
         before = len(home)
         removed: list[object] = []  # kept until all is consistent: a result that ends may call us
         try:
-            removed.extend(map(home.pop, keys))
+            for key in keys:
+                removed.append(home.pop(key))  # noqa: PERF401 - for one key, the usual number, this is faster
         except Exception:  # noqa: BLE001 - a key's hash is not what it was, or it cannot be compared any more
             gone = set(map(id, keys))
             entries = [home.popitem() for _ in range(before - len(removed))]  # this asks no key anything
@@ -167,13 +172,14 @@ class SeenKeys:
             self.count -= before - len(home)
 
 
-def _first_expired(home: dict[Hashable, float], now: float, limit: int) -> list[Hashable]:
+def _split(home: dict[Hashable, float], now: float, limit: int) -> tuple[list[Hashable], float | None]:
+    """Return the first keys, up to `limit`, that have expired, and the expiry of the one after them."""
     expired: list[Hashable] = []
     for key, expiry in home.items():
         if expiry > now or len(expired) == limit:
-            break
+            return expired, float(expiry)
         expired.append(key)
-    return expired
+    return expired, None
 
 
 class _Done(float):
