@@ -18,7 +18,8 @@ The treaty:
 - Nobody overtakes: while others wait for a key, `allow` refuses it.
 - A key that is limited is never forgotten, however many new ones come.
 - Time is the loop's. What another clock said (a virtual loop's, say, before this one ran) counts only if it lies within
-  a window of now, so that it holds a key up for two windows at most.
+  a window of now, so that it holds a key up for two windows at most. Going back to a clock after another one was used
+  may find forgotten what it had said: the first promise is made for one clock after the other.
 """
 
 import math
