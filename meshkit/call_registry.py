@@ -305,8 +305,8 @@ class CallRegistry(Generic[T]):
         """Wait for an async send until it is done, the deadline has come, or the call has failed."""
         with CancelScope(deadline=deadline) as scope:
 
-            def cut_if_failed(_: object) -> None:
-                if not _answered(future):
+            def cut_if_failed(settled: "asyncio.Future[Any]") -> None:
+                if isinstance(settled.result(), _Failure):
                     scope.cancel()
 
             future.add_done_callback(cut_if_failed)
@@ -330,7 +330,7 @@ class CallRegistry(Generic[T]):
             self._pending.take(call_id, False)
             if not self._pending.calls:
                 self._set_timer(math.inf)
-        elif _answered(future):
+        elif _replied(future):
             self._ignore(call_id, "late")  # it was there, but the caller was cancelled before it could see it
 
     def _ignore(self, call_id: str, reason: _Reason) -> Literal[False]:
@@ -365,5 +365,8 @@ def _give(future: "asyncio.Future[Any]", outcome: object) -> bool:
     return True
 
 
-def _answered(future: "asyncio.Future[Any]") -> bool:
-    return future.done() and not future.cancelled() and not isinstance(future.result(), _Failure)
+def _replied(future: "asyncio.Future[Any]") -> bool:
+    if not future.done() or future.cancelled():
+        return False
+    outcome = future.result()
+    return not isinstance(outcome, _Failure) or outcome.outcome == "rejected"
