@@ -174,7 +174,7 @@ class BatchCollector(Generic[T, F_co]):
     block; without one, to the loop's exception handler. The collector goes on.
 
     Inside `flush` adding is legal, also while stopping; what could only wait for itself is refused: `add` raises
-    `BatchFull` where it would wait; `submit`, `flush` and `stop` raise `RuntimeError`.
+    `BatchFull` where it would wait; `submit`, `flush`, `stop` and leaving the `async with` raise `RuntimeError`.
 
     For the tasks of one loop; from other threads, use `anyio.from_thread`.
     Cost: an `add` that finds room is an await and a list append; a batch is a task and a few turns of the loop (30 µs).
@@ -195,6 +195,8 @@ class BatchCollector(Generic[T, F_co]):
     ) -> None:
         if not callable(flush):
             raise TypeError(f"flush must be a function of a list of items, not {flush!r}")
+        if inspect.isgeneratorfunction(flush) or inspect.isasyncgenfunction(flush):
+            raise TypeError("flush must not yield: calling a generator function runs nothing of it")
         if inspect.iscoroutinefunction(on_error) or inspect.iscoroutinefunction(getattr(on_error, "__call__", None)):  # noqa: B004 - asks whether calling it is async
             raise TypeError("on_error must be a plain function: it is called where nothing can be awaited")
         self._max_size = _check.count("max_size", max_size)
@@ -234,12 +236,13 @@ class BatchCollector(Generic[T, F_co]):
         if self._state not in {"new", "closed"}:
             raise RuntimeError(f"{self._name} is open already: it can be entered again after its `async with`")
         self._loop = asyncio.get_running_loop()
-        self._interrupt: BaseException | None = None  # what a callback raised to stop the program
+        self._interrupts: list[BaseException] = []  # what a callback raised to stop the program, until it comes out
         self._flushes.open()
         self._state = "open"
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._refuse_inside_flush("stop")
         interrupted: asyncio.CancelledError | None = None
         core = self._core
         self._close()
@@ -421,14 +424,12 @@ class BatchCollector(Generic[T, F_co]):
         try:
             callback(*arguments)
         except BaseException as stop:  # noqa: BLE001 - as said
-            if self._interrupt is None:  # one is enough: the next would interrupt what the first one makes end well
-                self._interrupt = stop
+            if not self._interrupts:  # one is enough: a second would interrupt how the program ends after the first
+                self._interrupts.append(stop)
                 self._loop.call_soon(self._raise_interrupt)
 
     def _raise_interrupt(self) -> None:
-        interrupt, self._interrupt = self._interrupt, None
-        if interrupt is not None:
-            raise interrupt
+        raise self._interrupts.pop()
 
     def _tell(self, items: list[T], error: Exception) -> None:
         try:

@@ -256,6 +256,20 @@ async def test_adding_from_inside_flush_does_not_wait_behind_those_who_wait_for_
     assert list(inside) == ["a", "b", "inside", "c", "d"]  # c, which found its place taken, kept its turn
 
 
+async def test_leaving_from_inside_flush_is_refused() -> None:
+    errors: list[str] = []
+
+    async def flush(items: list[int]) -> None:
+        with pytest.raises(RuntimeError) as raised:
+            await collector.__aexit__()
+        errors.append(str(raised.value))
+
+    async with BatchCollector(flush, max_size=1, max_wait=1, name="orders") as collector:
+        await collector.add(0)
+    assert errors == ["orders: stop() inside flush would wait for itself; use add() there"]
+    assert collector.stats().flushed == 1
+
+
 @pytest.mark.parametrize("verb", ["submit", "flush", "stop"])
 async def test_what_would_wait_for_its_own_flush_is_refused(verb: str) -> None:
     errors: list[str] = []

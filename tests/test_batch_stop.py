@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from meshkit.batch import BatchCollector
+from meshkit.batch import BatchCollector, BatchStats
 from meshkit.errors import Closed
 from meshkit.testing import run
 from tests.test_batch import Sink, Told
@@ -263,6 +263,24 @@ async def test_whoever_waits_for_the_end_returns_although_it_is_opened_again_at_
     async with collector:
         await asyncio.sleep(1)
         assert all(task.done() for task in waiting)
+
+
+async def test_on_error_may_open_it_again_and_the_rest_of_the_last_time_is_told() -> None:
+    told = Told()
+
+    def on_error(items: list[int], error: Exception) -> None:
+        told(items, error)
+        if items == [1]:
+            with pytest.raises(StopIteration):  # as a task that begins at once does
+                collector.__aenter__().send(None)
+
+    collector = BatchCollector(Sink(seconds=1000), max_size=1, max_wait=1, stop_timeout=5, on_error=on_error)
+    async with collector:
+        for item in range(4):
+            await collector.add(item)
+    assert told.items == [0, 1, 2, 3]
+    await collector.stop()
+    assert collector.stats() == BatchStats(0, 0, 0, flushed=0, failed=4, batches=4)
 
 
 @pytest.mark.parametrize("callback", ["on_error", "observer"])
