@@ -70,6 +70,7 @@ def _refuse(what: str, more: str = "") -> NoReturn:
 
 def _refusing(what: str) -> Callable[..., NoReturn]:
     def refuse(*_: Any, **__: Any) -> NoReturn:
+        """Refuse: it takes real time."""
         _refuse(what)
 
     return refuse
