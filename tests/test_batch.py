@@ -1,6 +1,6 @@
 import asyncio
 import pickle
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, cast
 
 import anyio
@@ -333,6 +333,10 @@ async def yields(items: list[Any]) -> AsyncIterator[Any]:
     yield items
 
 
+def yields_plainly(items: list[Any]) -> Iterator[Any]:
+    yield items
+
+
 def collect(**arguments: Any) -> BatchCollector[Any, Any]:
     defaults: dict[str, Any] = {"flush": print, "max_size": 10, "max_wait": 1.0}
     return BatchCollector(**(defaults | arguments))
@@ -351,7 +355,7 @@ def collect(**arguments: Any) -> BatchCollector[Any, Any]:
         ({"concurrency": 0}, ValueError, "concurrency must be at least 1, not 0"),
         ({"stop_timeout": float("inf")}, ValueError, "stop_timeout must be finite"),
         ({"flush": None}, TypeError, "flush must be a function of a list of items, not None"),
-        ({"flush": lambda items: (yield items)}, TypeError, "flush must not yield"),
+        ({"flush": yields_plainly}, TypeError, "flush must not yield"),
         ({"flush": yields}, TypeError, "flush must not yield"),
         ({"on_error": Sink().__call__}, TypeError, "on_error must be a plain function"),
     ],
