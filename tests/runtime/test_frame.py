@@ -146,10 +146,12 @@ def test_two_processes_agree(alice: Prover) -> None:
 
 
 def refused(bob: Prover, frame: object, now: float = NOW) -> Untrusted:
-    with pytest.raises(Untrusted) as caught:
+    try:
         bob.open(frame, now)  # type: ignore[arg-type]
-    assert bob.seen.count == 0
-    return caught.value
+    except Untrusted as error:
+        assert bob.seen.count == 0
+        return error
+    raise AssertionError("it was opened")
 
 
 @pytest.mark.parametrize("frame", [None, "text", 7, [1, 2], object(), b"", bytearray(), memoryview(b""), "", b"\0"])
@@ -293,7 +295,7 @@ def test_a_predicate_that_fails_does_not_trust_and_its_error_is_the_cause() -> N
 def test_a_predicate_that_returns_no_bool_does_not_trust(answer: bool) -> None:
     error = refused(prover(BOB, lambda _: answer), prover(ALICE).sign(b"", NOW))
     assert type(error) is UnknownSender
-    assert "trust returned no bool, but" in str(error.__cause__)
+    assert "trust must return a bool, not " in str(error.__cause__)
 
 
 def test_a_predicate_that_is_interrupted_says_so() -> None:
@@ -404,7 +406,7 @@ def test_a_flood_of_hostile_frames_leaves_nothing(alice: Prover) -> None:
     bob, rng = prover(BOB), random.Random(1)
     good = both(alice)
     kinds = [hostile(rng, frame) for frame in good]
-    flood = [next(kinds[n % 2]) for n in range(2_000)]
+    flood = [next(kinds[n % 2]) for n in range(1_000)]
 
     def open_all() -> int:
         count = 0
@@ -572,7 +574,7 @@ def test_a_bundle_must_be_bytes(alice: Prover) -> None:
         ("started", float("nan"), ValueError, "NaN"),
         ("max_frame", 154, ValueError, "max_frame must be at least 155, not 154"),
         ("max_remembered", 0, ValueError, "max_remembered must be at least 1, not 0"),
-        ("trust", ALICE.node_id, ValueError, "'v' is not a node id"),
+        ("trust", ALICE.node_id, ValueError, "'.' is not a node id"),
         ("trust", ["bob"], ValueError, "'bob' is not a node id"),
         ("trust", [BOB], ValueError, "is not a node id"),
         ("trust", 7, TypeError, "not iterable"),
