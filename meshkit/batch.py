@@ -290,9 +290,12 @@ class BatchCollector(Generic[T, F_co]):
             Closed: The collector was stopped before the item was flushed (`executed` is "no"), or meanwhile ("maybe").
         """
         self._refuse_inside_flush("submit")
-        self._check_open()
-        future: asyncio.Future[R] = self._loop.create_future()
-        if not self._accept(item, future):
+        try:
+            future = self.submit_nowait(item)
+        except BatchFull:
+            future = None
+        if future is None:
+            future = self._loop.create_future()
             await self._accept_in_turn(item, future)
         try:
             return await future
