@@ -1,8 +1,8 @@
 """DedupCache beside a function over one dict of expiries.
 
-What goes beyond the goal, of 1: choosing one of many dicts (0.25 to 0.5), which is the price of having no pauses, asking
-whether the same loop still runs (about 0.2), and two calls of methods. Duplicates in one flat function that reads
-`time.monotonic` still cost 1.25 to 1.5.
+What goes beyond the goal, of 1: choosing one of many dicts (0.25 to 0.5), which is the price of having no pauses,
+asking whether the same loop still runs (about 0.2), and two calls of methods. Duplicates in one flat function that
+reads `time.monotonic` still cost 1.25 to 1.5.
 """
 
 import gc
