@@ -29,7 +29,7 @@ def size_of(value: Any) -> int:
     """Return how many bytes `value` holds; -1 if it is not like bytes, which is whatever has the buffer protocol."""
     try:
         return memoryview(value).nbytes
-    except (TypeError, ValueError, BufferError):
+    except Exception:  # noqa: BLE001 - since Python 3.12 anybody's __buffer__ is asked, which may raise what it likes
         return -1
 
 

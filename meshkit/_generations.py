@@ -1,7 +1,8 @@
 """What a circuit remembers during one stay in one state: a generation; and the leases that it gives out.
 
 A lease is given back by `lease.record(failed, now)`: what came of the call (None: nothing that says anything). It
-returns whether the circuit must look at its generation again, which may be over.
+returns whether the circuit must look at its generation again, which may be over. While a lease is `calm`, there is
+nothing to record about a success.
 
 >>> generation = Window(threshold=0.5, minimum_calls=2, window=30.0)
 >>> generation.record(False, 1.0), generation.record(True, 2.0), generation.fails
@@ -20,15 +21,16 @@ __all__ = ["Generation", "LastCalls", "Lease", "Probation", "Streak", "Watched",
 class Generation:
     """One stay in one state; here: open. It is itself the lease of all its calls that need not be told apart."""
 
-    __slots__ = ("calls", "due", "failed_at", "failures", "patience", "slow_call", "watched")
+    __slots__ = ("calls", "calm", "failed_at", "failures", "patience", "since", "slow_call", "watched")
 
     def __init__(self, slow_call: float = math.inf) -> None:
         self.calls: int = 0
         self.failures: int = 0
+        self.calm = False
         self.failed_at = 0.0
         self.slow_call = self.patience = slow_call
         self.watched: dict[Watched, bool] = {}  # what is told apart, the oldest first
-        self.due = math.inf  # `look` has nothing to do before
+        self.since = -math.inf  # when the oldest began, or earlier: for `patience` from then, nothing to `look` for
 
     @property
     def fails(self) -> bool:
@@ -59,19 +61,17 @@ class Generation:
 
     def watch(self, now: float) -> "Watched":
         """Give out a lease that is told apart."""
-        if not self.watched:
-            self.due = now + self.patience
         lease = Watched(self, now)
         self.watched[lease] = True
         return lease
 
     def look(self, now: float) -> bool:
         """Stop waiting for watched calls that take too long; return what `record` returns."""
+        self.since = now
         late: list[Watched] = []
-        self.due = math.inf
         for lease in self.watched:
-            if now < lease.start + self.patience:
-                self.due = lease.start + self.patience
+            if lease.start <= now < lease.start + self.patience:  # else: late, or of a loop with another clock
+                self.since = lease.start
                 break
             late.append(lease)
         return any(lease.record(None, now) for lease in late)
@@ -81,6 +81,8 @@ class Watched:
     """The lease of a call that is told apart: of a probe, or of one that may turn out to be slow."""
 
     __slots__ = ("generation", "start")
+
+    calm = False
 
     def __init__(self, generation: Generation, start: float) -> None:
         self.generation = generation
@@ -106,6 +108,7 @@ class Streak(Generation):
     def __init__(self, threshold: int) -> None:
         super().__init__()
         self._threshold = threshold
+        self.calm = True
 
     @property
     def fails(self) -> bool:
@@ -114,14 +117,13 @@ class Streak(Generation):
 
     def record(self, failed: bool | None, now: float) -> bool:
         """Take what came of a call."""
-        if failed:
-            self.calls = self.failures = self.failures + 1
-            self.failed_at = now
-        elif failed is None or not self.failures:
+        if failed is None:
             return False
-        else:
-            self.calls = self.failures = 0
-        return True
+        self.calls = self.failures = self.failures + 1 if failed else 0
+        self.calm = not failed
+        if failed:
+            self.failed_at = now
+        return self.fails
 
 
 class _Rate(Generation):

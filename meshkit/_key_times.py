@@ -153,8 +153,8 @@ class KeyTimes:
         """Return when a new key can be added if nothing else is; where there are more than 64, an estimate."""
         if self.has_room(now):
             return now
-        soonest = min(self.until(self._last(key), now) for key in self._keys[: self.STEPS])
-        return max(soonest, math.nextafter(now, math.inf))
+        first = min(map(self._last, self._keys[: self.STEPS]))
+        return max(self.until(first, now), math.nextafter(now, math.inf))
 
     def counts(self, now: float) -> bool:
         """Return whether any time counts. Cost: O(keys) where none does."""
@@ -185,14 +185,18 @@ class KeyTimes:
         if self.until(last, now) > now or key in self._keep:
             self._oldest = min(self._oldest, last)
             return False
-        del self._places[key]
+        if key in self._places:  # else see `_last`
+            del self._places[key]
         self._long.pop(key, None)
         self._keys[ring] = _NOBODY
         self._free.append(ring)
         return True
 
     def _last(self, key: Hashable) -> float:
-        place = self._places[key]
+        try:
+            place = self._places[key]
+        except KeyError:  # its hash is another one now: nobody finds it again, and nobody else shall suffer from that
+            return -math.inf
         if place < 0:
             times = self._long[key]
             return times[-1] if times else -math.inf

@@ -9,6 +9,7 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Hashable
+from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 import anyio
@@ -19,6 +20,9 @@ from meshkit.errors import CallTimeout
 __all__ = ["Results", "SharedRun", "SharedRuns"]
 
 T = TypeVar("T")
+
+# The ends of the runs from within which a call is made. (Not the runs: a task may live, and keep them, for long.)
+_inside: ContextVar[tuple[asyncio.Event, ...]] = ContextVar("_inside", default=())
 
 
 class Results:
@@ -31,7 +35,7 @@ class Results:
         self._ttl = ttl
         self._max_keys = max_keys
         self._results: dict[Hashable, tuple[float, Any]] = {}
-        self._to_check: list[Hashable] = []  # the last of these is next; once they were all keys
+        self._to_check: list[Hashable] = []  # the last of these is next
 
     def __len__(self) -> int:
         return len(self._results)
@@ -47,8 +51,10 @@ class Results:
         if key not in self._results:
             for _ in range(2):
                 self._check_one(now)
-            while len(self._results) >= self._max_keys:
+            if len(self._results) >= self._max_keys:
                 self._check_one(math.inf)
+            if len(self._results) >= self._max_keys:  # that one was not found: its hash has changed
+                self._results.popitem()
         self._results[key] = (now, result)
 
     def _check_one(self, now: float) -> None:
@@ -62,6 +68,7 @@ class Results:
     def cleanup(self, now: float) -> None:
         """Forget every result that is too old. Cost: O(keys)."""
         self._results = {key: value for key, value in self._results.items() if self.get(key, now)[0]}
+        self._to_check = []
 
 
 class SharedRun(Generic[T]):
@@ -75,19 +82,28 @@ class SharedRun(Generic[T]):
         self._name = name
         self._callers = 0
         self._abandoned = False
+        self._ended = asyncio.Event()
         self._scope = anyio.CancelScope(deadline=anyio.current_effective_deadline())
         self.task = self.loop.create_task(self._run(fn), name=name)
         self.task.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may be nobody's any more
 
     @property
     def open(self) -> bool:
-        """Whether it can be joined: it has not ended, and is not ending because everybody left or is out of time."""
-        return not (self.task.done() or self._abandoned or self._scope.cancel_called)
+        """Whether the caller can join: it has not ended, nor is about to, and this is no call from within.
+
+        It is about to end when everybody has left, or is out of time. A call from within would wait for itself.
+        """
+        return not (self.task.done() or self._abandoned or self._scope.cancel_called or self._ended in _inside.get())
 
     async def _run(self, fn: Callable[[], Awaitable[T]]) -> T:
+        # The context is this task's own, and that of the tasks it starts.
+        _inside.set((*(ended for ended in _inside.get() if not ended.is_set()), self._ended))
         start = now()
-        with self._scope:
-            return await fn()
+        try:
+            with self._scope:
+                return await fn()
+        finally:
+            self._ended.set()
         if self._abandoned:
             raise asyncio.CancelledError
         raise CallTimeout(name=self._name, timeout=now() - start)  # for a caller whose deadline was moved meanwhile

@@ -174,7 +174,7 @@ class BatchCollector(Generic[T, F_co]):
     block; without one, to the loop's exception handler. The collector goes on.
 
     Inside `flush` adding is legal, also while stopping; what could only wait for itself is refused: `add` raises
-    `BatchFull` where it would wait; `submit`, `flush` and `stop` raise `RuntimeError`.
+    `BatchFull` where it would wait; `submit`, `flush`, `stop` and leaving the `async with` raise `RuntimeError`.
 
     For the tasks of one loop; from other threads, use `anyio.from_thread`.
     Cost: an `add` that finds room is an await and a list append; a batch is a task and a few turns of the loop (30 µs).
@@ -195,6 +195,8 @@ class BatchCollector(Generic[T, F_co]):
     ) -> None:
         if not callable(flush):
             raise TypeError(f"flush must be a function of a list of items, not {flush!r}")
+        if inspect.isgeneratorfunction(flush) or inspect.isasyncgenfunction(flush):
+            raise TypeError("flush must not yield: calling a generator function runs nothing of it")
         if inspect.iscoroutinefunction(on_error) or inspect.iscoroutinefunction(getattr(on_error, "__call__", None)):  # noqa: B004 - asks whether calling it is async
             raise TypeError("on_error must be a plain function: it is called where nothing can be awaited")
         self._max_size = _check.count("max_size", max_size)
@@ -208,7 +210,7 @@ class BatchCollector(Generic[T, F_co]):
         self._name, self._on_error, self._observer = name, on_error, observer
         self._flushed = self._failed = self._batches = 0
         self._flushes: Flushes[T] = Flushes(flush, name)
-        self._core = self._new_core()
+        self._core = self._new_core()  # of this opening; when it is closed, the next one gets another
         self._state = "new"  # -> open -> draining -> cut -> closed -> open -> ...
         self._line: OrderedDict[object, AnyFuture] = OrderedDict()  # who waits to add; O(1) in its middle too
         self._watchers: set[AnyFuture] = set()  # who waits for progress
@@ -234,16 +236,18 @@ class BatchCollector(Generic[T, F_co]):
         if self._state not in {"new", "closed"}:
             raise RuntimeError(f"{self._name} is open already: it can be entered again after its `async with`")
         self._loop = asyncio.get_running_loop()
+        self._interrupts: list[BaseException] = []  # what a callback raised to stop the program, until it comes out
         self._flushes.open()
-        self._core = self._new_core()
         self._state = "open"
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        self._refuse_inside_flush("stop")
         interrupted: asyncio.CancelledError | None = None
+        core = self._core
         self._close()
         with anyio.CancelScope(shield=True):
-            while self._state != "closed":
+            while self._core is core and self._state != "closed":
                 try:
                     await self._progress()
                 except asyncio.CancelledError as error:  # a task.cancel(), which no shield holds off: stop draining
@@ -260,8 +264,9 @@ class BatchCollector(Generic[T, F_co]):
             BatchFull: There is no room, and this is called from inside `flush`, which alone could make some.
         """
         core = self._core
-        if len(core.items) < core.quick:
-            core.items.append(item)
+        items = core.items
+        if len(items) < core.quick:
+            items.append(item)
         elif not self._accept(item):
             await self._accept_in_turn(item)
 
@@ -324,9 +329,10 @@ class BatchCollector(Generic[T, F_co]):
     async def flush(self) -> None:
         """Flush what is accepted without waiting for more; return when all of it is flushed, or told to have failed."""
         self._refuse_inside_flush("flush")
-        last = self._core.hurry()
+        core = self._core
+        last = core.hurry()
         self._schedule()
-        while self._core.oldest <= last:
+        while core.oldest <= last:
             await self._progress()
 
     async def stop(self) -> None:
@@ -335,8 +341,9 @@ class BatchCollector(Generic[T, F_co]):
         Whoever waits to add gets `Closed`. Cancelling this call does not undo the stop; call again to wait again.
         """
         self._refuse_inside_flush("stop")
+        core = self._core
         self._close()
-        while self._state not in {"new", "closed"}:
+        while self._core is core and self._state not in {"new", "closed"}:
             await self._progress()
 
     def _check_open(self) -> None:
@@ -381,6 +388,8 @@ class BatchCollector(Generic[T, F_co]):
 
     def _schedule(self, at: float = -math.inf) -> None:
         """Start batches that are due at `at` (full ones are at any time), as many as may run; set the timer."""
+        if self._state == "cut":
+            return
         while self._flushes.running < self._concurrency and (taken := self._core.take(at)) is not None:
             self._flushes.start(taken.items, taken.tickets, functools.partial(self._ended, taken))
         due_at = self._core.due_at
@@ -394,23 +403,36 @@ class BatchCollector(Generic[T, F_co]):
 
     def _ended(self, taken: Taken[T, AnyFuture], flush: Flush[T]) -> None:
         self._core.settle(taken)
-        if self._state != "cut":
-            self._schedule(now())
+        self._account(flush)
         self._wake_next()
         _wake(self._watchers)
-        self._account(flush, now() - flush.started)
         if self._state == "cut" or (self._state == "draining" and not self._core.pending):
             self._finish()
+        else:
+            self._schedule(now())
 
-    def _account(self, flush: Flush[T], duration: float) -> None:
+    def _account(self, flush: Flush[T]) -> None:
         size = len(flush.items)
         self._batches += 1
         self._failed += flush.failed
         self._flushed += size - flush.failed
         for items, error in flush.untold:
-            self._tell(items, error)
+            self._call_back(self._tell, items, error)
         if self._observer is not None:
-            notify(self._observer, BatchDone(self._name, size, flush.failed, duration, flush.error))
+            done = BatchDone(self._name, size, flush.failed, now() - flush.started, flush.error)
+            self._call_back(notify, self._observer, done)
+
+    def _call_back(self, callback: Callable[..., None], *arguments: object) -> None:
+        """Call back; what stops programs comes out of the loop a moment later, once everybody else is told."""
+        try:
+            callback(*arguments)
+        except BaseException as stop:  # noqa: BLE001 - as said
+            if not self._interrupts:  # one is enough: a second would interrupt how the program ends after the first
+                self._interrupts.append(stop)
+                self._loop.call_soon(self._raise_interrupt)
+
+    def _raise_interrupt(self) -> None:
+        raise self._interrupts.pop()
 
     def _tell(self, items: list[T], error: Exception) -> None:
         try:
@@ -425,7 +447,7 @@ class BatchCollector(Generic[T, F_co]):
         if self._state != "open":
             return
         self._state = "draining"
-        self._core.quick, self._core.max_wait = 0, 0.0
+        self._core.quick, self._core.max_wait = 0, -math.inf  # what flush adds from here on is due at once
         self._core.hurry()
         _wake(self._line.values())
         if self._core.pending and self._stop_timeout:
@@ -451,11 +473,12 @@ class BatchCollector(Generic[T, F_co]):
                 timer.cancel()
         self._timer = self._deadline = None
         _wake(self._watchers)
-        while (taken := self._core.take(math.inf)) is not None:
-            self._core.settle(taken)
+        core, self._core = self._core, self._new_core()
+        while (taken := core.take(math.inf)) is not None:
+            core.settle(taken)
             flush = Flush(self, taken.items, taken.tickets, None)
             flush.settle((), dict.fromkeys(range(len(taken.items)), Closed(name=self._name)))
-            self._account(flush, 0.0)
+            self._account(flush)
 
     async def _progress(self) -> None:
         """Wait until a batch is settled, or the collector is closed."""

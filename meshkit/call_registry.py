@@ -232,10 +232,7 @@ class CallRegistry(Generic[T]):
         loop = self._loop
         if loop is None or not loop.is_running():  # cheaper than asking each time which loop is running
             loop = self._bind(asyncio.get_running_loop())
-        if id is not None:
-            call_id = id
-        else:
-            call_id = os.urandom(16).hex() if self._rng is None else f"{self._rng.getrandbits(128):032x}"
+        call_id = self._new_id() if id is None else id
         future: asyncio.Future[T | _Failure] = loop.create_future()
         begun = self._now()
         wake_at = self._pending.add(call_id, future, begun + timeout)
@@ -261,13 +258,14 @@ class CallRegistry(Generic[T]):
         if isinstance(outcome, _Failure):
             self._count(call_id, begun, outcome.outcome)
             if outcome.error is not None:
-                raise outcome.error
+                try:
+                    raise outcome.error
+                finally:
+                    del future, outcome  # they hold the error, and it holds this frame: a cycle
             if outcome.outcome == "closed":
                 raise Closed(name=self._name, executed="maybe")
             raise CallTimeout(name=self._name, timeout=timeout)
-        self._outcomes["replied"] += 1  # as _count does, without calling it for what is common
-        if self._observer is not None:
-            notify(self._observer, CallEnded(self._name, call_id, "replied", self._now() - begun))
+        self._count(call_id, begun, "replied")
         return outcome
 
     def resolve(self, call_id: str, response: T) -> bool:
@@ -292,6 +290,9 @@ class CallRegistry(Generic[T]):
         """Return what has happened so far."""
         return CallRegistryStats(pending=len(self), **self._outcomes, **self._ignored)
 
+    def _new_id(self) -> str:
+        return os.urandom(16).hex() if self._rng is None else f"{self._rng.getrandbits(128):032x}"
+
     def _bind(self, loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
         if self._pending.calls and self._loop is not None and not self._loop.is_closed():
             raise RuntimeError(f"{self._name}: calls are pending on another event loop; use a registry for each loop")
@@ -303,8 +304,16 @@ class CallRegistry(Generic[T]):
     async def _finish_sending(self, sent: Awaitable[object], future: "asyncio.Future[Any]", deadline: float) -> None:
         """Wait for an async send until it is done, the deadline has come, or the call has failed."""
         with CancelScope(deadline=deadline) as scope:
-            future.add_done_callback(lambda _: None if _answered(future) else scope.cancel())
-            await sent
+
+            def cut_if_failed(settled: "asyncio.Future[Any]") -> None:
+                if isinstance(settled.result(), _Failure):
+                    scope.cancel()
+
+            future.add_done_callback(cut_if_failed)
+            try:
+                await sent
+            finally:
+                future.remove_done_callback(cut_if_failed)
 
     def _settle(self, call_id: str, outcome: T | _Failure) -> bool:
         future = self._pending.take(call_id, True)
@@ -312,10 +321,7 @@ class CallRegistry(Generic[T]):
             return self._ignore(call_id, self._pending.why_ignored(call_id))
         if not self._pending.calls:
             self._set_timer(math.inf)
-        if future.done():  # the caller has been cancelled, and has not run since
-            return self._ignore(call_id, "late")
-        future.set_result(outcome)
-        return True
+        return _give(future, outcome) or self._ignore(call_id, "late")
 
     def _abandon(self, call_id: str, future: "asyncio.Future[T | _Failure]") -> None:
         """Remove the call of a caller that was cancelled, or whose send failed."""
@@ -324,7 +330,7 @@ class CallRegistry(Generic[T]):
             self._pending.take(call_id, False)
             if not self._pending.calls:
                 self._set_timer(math.inf)
-        elif _answered(future):
+        elif _replied(future):
             self._ignore(call_id, "late")  # it was there, but the caller was cancelled before it could see it
 
     def _ignore(self, call_id: str, reason: _Reason) -> Literal[False]:
@@ -347,10 +353,20 @@ class CallRegistry(Generic[T]):
     def _end(self, until: float | None = None, outcome: _Outcome = "timed_out") -> None:
         """End the calls whose deadline is up to `until` (None: now)."""
         for future in self._pending.expire(self._now() if until is None else until):
-            if not future.done():
-                future.set_result(_Failure(outcome))
+            _give(future, _Failure(outcome))
         self._set_timer(self._pending.wake_at())
 
 
-def _answered(future: "asyncio.Future[Any]") -> bool:
-    return future.done() and not future.cancelled() and not isinstance(future.result(), _Failure)
+def _give(future: "asyncio.Future[Any]", outcome: object) -> bool:
+    """Settle a call; return False if its caller was cancelled, and has not run since, or went down with its loop."""
+    if future.done() or future.get_loop().is_closed():
+        return False
+    future.set_result(outcome)
+    return True
+
+
+def _replied(future: "asyncio.Future[Any]") -> bool:
+    if not future.done() or future.cancelled():
+        return False
+    outcome = future.result()
+    return not isinstance(outcome, _Failure) or outcome.outcome == "rejected"

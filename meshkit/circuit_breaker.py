@@ -30,14 +30,12 @@ import asyncio
 import enum
 import functools
 import math
-import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, ClassVar, ParamSpec, TypeVar, cast
 
 from meshkit import _check
-from meshkit._blocks import Blocks
 from meshkit._generations import Generation, LastCalls, Lease, Probation, Streak, Window
 from meshkit._time import Clock
 from meshkit._trip_rule import TripRule, TripsOn
@@ -74,12 +72,15 @@ class CircuitChanged(Event):
 
 @dataclass(frozen=True, slots=True)
 class CircuitStats:
-    """What is remembered now (`failures` of `calls`), and how often the circuit has `opened` and `refused` in all."""
+    """What is remembered now (`failures` of `calls`), and how often the circuit has `opened` and `refused` in all.
+
+    While half-open, `probes` are under way and hold a place.
+    """
 
     state: State
     calls: int
     failures: int
-    in_flight: int
+    probes: int
     opened: int
     refused: int
     retry_after: float | None
@@ -117,7 +118,7 @@ class Circuit:
     """The core: who is admitted, and what follows from what came of it.
 
     `admit` gives a lease or None; each lease goes to `end` once. While `free` is a generation, that is everybody's
-    lease and `admit` need not be asked; while `calm` is, a success need not be reported to `end`.
+    lease and `admit` need not be asked; while a lease is `calm`, a success of it need not go to `end`.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class Circuit:
         self._half_open_max = _check.count("half_open_max", half_open_max)
         self._break: float  # how long the next one lasts
         self._opened_at = self._until = 0.0  # the last one
-        self.opened = self.turn = 0  # how often it opened, and how often a generation began
+        self.opened = 0  # so often
         self.reset()
 
     def state(self, now: float) -> State:
@@ -157,12 +158,13 @@ class Circuit:
         if self.mode is _OPEN:
             return self._until - now if self._opened_at <= now < self._until else 0.0
         if self.generation.full:
-            return max(0.0, next(iter(self.generation.watched)).start + self._reset_timeout - now)
+            start = next(iter(self.generation.watched)).start
+            return max(0.0, start + self._reset_timeout - now) if start <= now else 0.0
         return 0.0
 
     def idle(self, now: float) -> bool:
         """Return whether forgetting all this would lose nothing; see `CircuitBreaker.idle`."""
-        if self.isolated or self.in_flight:
+        if self.isolated:
             return False
         memory = 10 * self._longest
         if self.mode is not _CLOSED:
@@ -173,36 +175,27 @@ class Circuit:
         return generation.remembered(now)[1] == 0 or (lapsed and not isinstance(generation, Window))
 
     @property
-    def in_flight(self) -> int:
-        """The number of leases of this generation that have not ended.
-
-        A lease is a reference to its generation: CPython has counted them already, so that a call need not. (Before
-        3.13, a debugger that reads the variables of a call under way makes it count twice.)
-        """
-        return _references(self) - _OWN_REFERENCES
+    def probes(self) -> int:
+        """The number of probes that are under way and hold a place."""
+        return len(self.generation.watched) if self.mode is _HALF_OPEN else 0
 
     def admit(self, now: float) -> Lease | None:
         """Return a lease for one call, or None if it must not be made."""
-        if now >= self.generation.due and self.generation.look(now):
+        generation = self.generation
+        if not generation.since <= now < generation.since + generation.patience and generation.look(now):
             self.attend(now)
         if self.free is not None:
             return self.free
         if self.mode is _OPEN:
-            if self.isolated or self._opened_at <= now < self._until:
+            if not self._break_is_over(now):
                 return None
             self._begin(_HALF_OPEN, Probation(self._half_open_max, self._reset_timeout, self._slow_call))
         return None if self.generation.full else self.generation.watch(now)
 
-    def end(self, lease: Lease, failed: bool | None, now: float) -> bool:
-        """Take back the lease of a call that `failed` or did not (None: what came of it says nothing).
-
-        Returns:
-            Whether anything may have changed but counts.
-        """
-        if not lease.record(failed, now):
-            return False
-        self.attend(now)
-        return True
+    def end(self, lease: Lease, failed: bool | None, now: float) -> None:
+        """Take back the lease of a call that `failed` or did not (None: what came of it says nothing)."""
+        if lease.record(failed, now):
+            self.attend(now)
 
     def attend(self, now: float) -> None:
         """Draw the consequences: what is to be done when `lease.record` returns true."""
@@ -215,8 +208,6 @@ class Circuit:
             self._begin(_OPEN, Generation())
         elif generation.passed:
             self.reset()
-        elif isinstance(generation, Streak):
-            self.calm = None if generation.failures else generation
 
     def isolate(self) -> None:
         """Open, and stay open until `reset`."""
@@ -230,11 +221,9 @@ class Circuit:
         self._begin(_CLOSED, _closed(self._threshold, self._slow_call))
 
     def _begin(self, mode: State, generation: Generation) -> None:
-        self.turn += 1
         self.mode = mode
         self.generation = generation
         self.free = generation if mode is _CLOSED and self._slow_call == math.inf else None
-        self.calm = generation if isinstance(generation, Streak) else None
 
     def _break_is_over(self, now: float) -> bool:
         return not self.isolated and not self._opened_at <= now < self._until  # before: the clock of another loop
@@ -247,14 +236,6 @@ def _closed(threshold: int | FailureRate, slow_call: float) -> Generation:
     if limit is not None:
         return LastCalls(share, minimum, limit, slow_call)
     return Window(share, minimum, cast("float", threshold.window), slow_call)
-
-
-def _references(circuit: Circuit) -> int:
-    """Return how often the generation is referred to, other than by `free` and `calm`."""
-    return sys.getrefcount(circuit.generation) - (circuit.free is not None) - (circuit.calm is not None)
-
-
-_OWN_REFERENCES = _references(Circuit())
 
 
 class CircuitBreaker(Guard):
@@ -305,9 +286,10 @@ class CircuitBreaker(Guard):
         self._refused = 0
         self._manual: list[Lease] = []  # the oldest first
         self._clock = Clock()
-        self._blocks: Blocks[Lease] = Blocks()
-        self._turn, self._mode = 0, self._circuit.mode
-        self._follow()
+        self._mode = self._circuit.mode  # that the observer knows of
+        self._common: Lease = self._circuit.generation  # of the `_open` blocks that are not told apart
+        self._open = 0
+        self._apart: dict[asyncio.Task[Any] | None, list[Lease]] = {}  # what else a task holds, inside of those
 
     def __repr__(self) -> str:
         return f"CircuitBreaker({self._settings}, name={self._name!r}, state={self.state})"
@@ -319,12 +301,12 @@ class CircuitBreaker(Guard):
 
     @property
     def idle(self) -> bool:
-        """Whether forgetting this breaker would lose nothing: closed, no failure remembered, no call in flight.
+        """Whether forgetting this breaker would lose nothing: closed, and no failure remembered.
 
         So that peers which are gone for good do not fill a `PerKey`, a breaker is also idle when it has not been
         called for ten of its longest breaks since its last break was over, or since the last of too few failures.
         """
-        return self._blocks.count == 0 and self._circuit.idle(self._clock.now())
+        return self._circuit.idle(self._clock.now())
 
     def stats(self) -> CircuitStats:
         """Return what is remembered now."""
@@ -334,7 +316,7 @@ class CircuitBreaker(Guard):
             state=circuit.state(moment),
             calls=calls,
             failures=failures,
-            in_flight=circuit.in_flight + self._blocks.count,
+            probes=circuit.probes,
             opened=circuit.opened,
             refused=self._refused,
             retry_after=circuit.retry_after(moment),
@@ -343,15 +325,14 @@ class CircuitBreaker(Guard):
     def isolate(self) -> None:
         """Open the circuit by hand: every call is refused until `reset`."""
         self._circuit.isolate()
-        self._follow()
+        self._tell()
 
     def reset(self) -> None:
         """Close the circuit and forget everything; what comes of calls that are under way changes nothing."""
         self._circuit.reset()
-        self._follow()
+        self._tell()
 
     # `call` and the decorated function are the same few lines twice: a call between them would cost more than they do.
-    # `del lease`: a traceback keeps the frame, and what refers to a generation is a call in flight.
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `fn(*args, **kwargs)`, unless the circuit is open, and learn from what comes of it.
@@ -359,23 +340,20 @@ class CircuitBreaker(Guard):
         Raises:
             CircuitOpen: The call was not made; after `retry_after` seconds one may be.
         """
-        circuit = self._circuit
-        lease = circuit.free or self._admit()
+        lease = self._circuit.free or self._admit()
         try:
             result = await fn(*args, **kwargs)
         except BaseException as error:
-            self._end(lease, self._verdict(error))
-            del lease
+            self._failed(lease, error)
             raise
-        if lease is not circuit.calm and lease.record(False, self._clock.now()):
+        if not lease.calm and lease.record(False, self._clock.now()):
             self._attend()
         return result
 
     def __call__(self, fn: Callable[P, Coroutine[Any, Any, T]], /) -> Callable[P, Coroutine[Any, Any, T]]:
         """Decorate the async function `fn`: every call of it goes through this breaker."""
         require_async(fn, self)
-        circuit, clock = self._circuit, self._clock
-        admit, end, verdict, attend = self._admit, self._end, self._verdict, self._attend
+        circuit, clock, admit, failed, attend = self._circuit, self._clock, self._admit, self._failed, self._attend
 
         @functools.wraps(fn)
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -383,43 +361,59 @@ class CircuitBreaker(Guard):
             try:
                 result = await fn(*args, **kwargs)
             except BaseException as error:
-                end(lease, verdict(error))
-                del lease
+                failed(lease, error)
                 raise
-            if lease is not circuit.calm and lease.record(False, clock.now()):
+            if not lease.calm and lease.record(False, clock.now()):
                 attend()
             return result
 
         return guarded
 
+    # All blocks are of one object, so it must be found out which lease a block holds. As a rule all hold the same one,
+    # and are only counted. Where one holds another (after a change of state, or as a probe), its task tells it apart.
+
     async def __aenter__(self) -> None:
         """Enter a block that counts as one call, or raise `CircuitOpen`. Leave it in the task that entered it."""
-        blocks = self._blocks
-        if blocks.alike:
-            blocks.count += 1
+        lease = self._circuit.free or self._admit()
+        if lease is self._common and not self._apart:
+            self._open += 1
         else:
-            lease = self._circuit.free or self._admit()
-            blocks.enter(lease, _current_task(), shared=lease is self._circuit.free)
+            self._enter(lease)
+
+    def _enter(self, lease: Lease) -> None:
+        task = _current_task()
+        if not self._open and lease is self._circuit.free:
+            self._common = lease
+        if lease is self._common and task not in self._apart:
+            self._open += 1
+        else:
+            self._apart.setdefault(task, []).append(lease)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        blocks = self._blocks
-        if kind is None and blocks.quiet:
-            blocks.count -= 1
-            return
-        lease: Lease | None
-        if blocks.alike:
-            blocks.count -= 1
-            lease = self._circuit.generation
+        if self._apart:
+            lease = self._leave()
         else:
-            lease = blocks.leave(_current_task(), self._circuit.generation)
-            if lease is None:
-                return  # a stray: what came of it changes nothing
+            self._open -= 1
+            lease = self._common
         if error is not None:
-            self._end(lease, self._verdict(error))
-        elif lease.record(False, self._clock.now()):
+            self._failed(lease, error)
+        elif not lease.calm and lease.record(False, self._clock.now()):
             self._attend()
+
+    def _leave(self) -> Lease:
+        task = _current_task()
+        if task not in self._apart:
+            if self._open:
+                self._open -= 1
+                return self._common
+            task = next(iter(self._apart))  # another task entered it, as happens with async generators
+        leases = self._apart[task]
+        lease = leases.pop()
+        if not leases:
+            del self._apart[task]
+        return lease
 
     def allow_request(self) -> bool:
         """Return whether a call may be made now; if so, say by exactly one `record_*` what came of it.
@@ -427,11 +421,8 @@ class CircuitBreaker(Guard):
         While half-open it takes the place of a probe. `record_*` ends the oldest call from here that has not ended.
         At most 10,000 are waited for: then the oldest counts as ignored.
         """
-        lease = self._circuit.admit(self._clock.now())
-        if self._circuit.turn != self._turn:
-            self._follow()
+        lease = self._admit_or_refuse(self._clock.now())
         if lease is None:
-            self._refused += 1
             return False
         self._manual.append(lease)
         if len(self._manual) > 10_000:
@@ -454,37 +445,46 @@ class CircuitBreaker(Guard):
         self._end(self._manual.pop(0) if self._manual else self._circuit.generation, failed)
 
     def _admit(self) -> Lease:
-        circuit, moment = self._circuit, self._clock.now()
-        lease = circuit.admit(moment)
-        if circuit.turn != self._turn:
-            self._follow()
+        moment = self._clock.now()
+        lease = self._admit_or_refuse(moment)
         if lease is None:
-            self._refused += 1
+            circuit = self._circuit
             state = "isolated" if circuit.isolated else "open" if circuit.mode is _OPEN else "half-open"
             raise CircuitOpen(name=self._name, state=state, retry_after=circuit.retry_after(moment))
         return lease
 
-    def _verdict(self, error: BaseException) -> bool | None:
-        """Return whether `error` is a failure; None if it says nothing about the other side."""
-        return True if isinstance(error, Exception) and self._rule.counts(error) else None
+    def _admit_or_refuse(self, moment: float) -> Lease | None:
+        lease = self._circuit.admit(moment)
+        self._refused += lease is None
+        try:
+            self._tell()
+        except BaseException:  # an observer that interrupts: the call will not be made
+            if lease is not None:
+                self._circuit.end(lease, None, moment)
+            raise
+        return lease
+
+    def _failed(self, lease: Lease, error: BaseException) -> None:
+        failed = None  # what is no Exception, or does not count, says nothing about the other side
+        try:
+            if isinstance(error, Exception) and self._rule.counts(error):
+                failed = True
+        finally:  # also if a predicate interrupts
+            self._end(lease, failed)
 
     def _end(self, lease: Lease, failed: bool | None) -> None:
-        if self._circuit.end(lease, failed, self._clock.now()):
-            self._follow()
+        self._circuit.end(lease, failed, self._clock.now())
+        self._tell()
 
     def _attend(self) -> None:
         self._circuit.attend(self._clock.now())
-        self._follow()
+        self._tell()
 
-    def _follow(self) -> None:
-        """Follow the circuit into another generation, and tell the observer of another state."""
-        circuit = self._circuit
-        if circuit.turn != self._turn:
-            self._turn = circuit.turn
-            self._blocks.turn()
-        self._blocks.settle(shared=circuit.free is not None, quiet=circuit.calm is not None)
-        if circuit.mode is not self._mode:
-            before, self._mode = self._mode, circuit.mode
+    def _tell(self) -> None:
+        """Tell the observer, if the state is another one than it knows of."""
+        circuit, before = self._circuit, self._mode
+        if circuit.mode is not before:
+            self._mode = circuit.mode
             retry_after = circuit.retry_after(self._clock.now())
             notify(self._observer, CircuitChanged(self._name, before, circuit.mode, retry_after))
 

@@ -31,12 +31,15 @@ T = TypeVar("T")
 N = TypeVar("N", int, float)
 H = TypeVar("H", bound=Hashable)
 
+_MAX_DEPTH = 32  # of a vote: a deeper one might overflow the stack of whoever asks for the result
+
 
 def trimmed_mean(values: Iterable[N]) -> N:
     """Return the mean of the values that are near the upper median: from a fifth of it to five times it; 0 for none.
 
     Near a median of 0 is what lies from -10 to 10. If all that is kept are ints, the mean is an int: exact at any
-    size, each division truncating toward zero. With a float among them it is a float, correctly rounded.
+    size, each division truncating toward zero. With a float among them it is a float, correctly rounded, unless it is
+    too large for one.
 
     Raises:
         TypeError: A value is neither an int nor a float (a bool is not).
@@ -67,7 +70,7 @@ def plurality(values: Iterable[H]) -> H:
     Raises:
         NoQuorum: There are no values.
         TypeError: A value is not hashable, or its repr is an address, which differs between nodes.
-        ValueError: A value is, or holds, NaN or infinity.
+        ValueError: A value is NaN or infinite, or a tuple or frozenset that holds such a one or is nested too deep.
     """
     counts = _counted(values)
     if not counts:
@@ -107,8 +110,9 @@ def _mean(numbers: list[Any]) -> Any:
     unit = max((denominator for _, denominator in ratios), default=1)  # all are powers of two: it is a multiple of each
     total = sum(numerator * (unit // denominator) for numerator, denominator in ratios)
     if any(isinstance(number, float) for number in numbers):
-        return total / (unit * len(numbers))  # the one rounding
-    return _divide(total, len(numbers) or 1)
+        with contextlib.suppress(OverflowError):  # raised by what only an int can hold
+            return total / (unit * len(numbers))  # the one rounding
+    return _divide(total, unit * len(numbers) or 1)
 
 
 def _divide(number: int, by: int) -> int:
@@ -144,17 +148,19 @@ def _rank(value: Any) -> tuple[Any, ...]:
     if isinstance(value, frozenset):
         return 3, sorted(_rank(member) for member in members), kind
     text = repr(value)
-    if " at 0x" in text:
+    if " at 0x" in text and not isinstance(value, bytes):
         raise TypeError(f"a {kind} without a __repr__ of its own is not the same on every node: vote with plain data")
     return 4, kind, text
 
 
-def _check_finite(value: Any) -> None:
+def _check_finite(value: Any, depth: int = 0) -> None:
     members: Any = value
     finite = True
     if isinstance(value, (tuple, frozenset)):
+        if depth == _MAX_DEPTH:
+            raise ValueError(f"it is nested more than {_MAX_DEPTH} deep")
         for member in members:
-            _check_finite(member)
+            _check_finite(member, depth + 1)
     elif isinstance(value, (float, complex)):
         finite = cmath.isfinite(value)
     elif isinstance(value, Decimal):
@@ -170,12 +176,12 @@ def _check_number(value: object) -> None:
 
 
 def _check_countable(value: object) -> None:
+    _check_finite(value)
     try:
         hash(value)
     except TypeError:
         text = f"{reprlib.repr(value)} is a {type(value).__name__}, which is not hashable and cannot be counted"
         raise TypeError(f"{text}: vote with a tuple, a frozenset or a string") from None
-    _check_finite(value)
     _rank(value)
 
 
@@ -261,7 +267,7 @@ class ConsensusHelper(Generic[T]):
         self._votes[voter] = value
         if self.has_quorum:
             for waiter in self._waiters:
-                if not waiter.done():
+                if not (waiter.done() or waiter.get_loop().is_closed()):
                     waiter.set_result(None)
 
     @property

@@ -15,11 +15,12 @@ charging 500
 """
 
 import asyncio
+import contextlib
 import heapq
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Self, TypeVar
 
 from meshkit import _check
 from meshkit._time import Clock
@@ -69,13 +70,16 @@ class SeenKeys:
     def __init__(self, *, ttl: float, max_keys: int) -> None:
         self.ttl = ttl
         self.max_keys = max_keys
-        self.count = 0
         # An odd number of them, lest keys that are multiples of 64 share one.
         self._parts = min(max_keys // self.PER_DICT, self.MAX_DICTS) | 1
+        self._begin(0.0)
+
+    def _begin(self, now: float) -> None:
+        self.count = 0
+        self._latest = now
         self._dicts: list[dict[Hashable, float]] = [{} for _ in range(self._parts)]
         self._heap: list[tuple[float, int]] = []  # each dict that holds keys, under an expiry not after its first
         self._in_heap = bytearray(self._parts)
-        self._latest = 0.0
 
     def expiry(self, key: Hashable, now: float) -> float | None:
         """Return until when `key` counts as seen, the very object that `add` was given; None if it does not."""
@@ -84,111 +88,165 @@ class SeenKeys:
 
     def check(self, key: Hashable, now: float) -> bool:
         """Return False if `key` counts as seen; else remember it from now on for the ttl, and return True."""
-        index = hash(key) % self._parts
-        home = self._dicts[index]
-        expiry = home.get(key)
-        if expiry is None:
-            self.count += 1
-        elif self._latest <= now < expiry:
+        expiry = self._dicts[hash(key) % self._parts].get(key)
+        if expiry is not None and self._latest <= now < expiry:
             return False
-        else:
-            del home[key]  # so that it comes last in order
-        home[key] = until = now + self.ttl
-        if not self._in_heap[index]:
-            self._in_heap[index] = True
-            heapq.heappush(self._heap, (until, index))
-        if now < self._latest or self._heap[0][0] <= now:
-            self._tidy(key, now)
-        self._latest = now
+        self.add(key, now, now + self.ttl)
         return True
 
     def add(self, key: Hashable, now: float, expiry: float) -> None:
-        """Remember `key` anew; `expiry` is an object of your own for now + ttl, which `expiry()` then returns."""
-        self.forget(key)
-        self.check(key, now)
-        home = self._dicts[hash(key) % self._parts]
-        if key in home:  # and not swept at once, where the ttl is less than the clock can tell
-            home[key] = expiry
+        """Remember `key` anew; `expiry` is now + ttl, or an object that equals it, for `expiry()` to return."""
+        if now < self._latest:
+            self._begin(now)  # a clock that goes back is another one, to which the expiries so far mean nothing
+        self._latest = now
+        index = hash(key) % self._parts
+        home = self._dicts[index]
+        if key in home:
+            self._remove(home, [key])  # so that it comes last in order
+        before = len(home)
+        home[key] = expiry
+        self.count += len(home) - before
+        if not self._in_heap[index]:
+            self._in_heap[index] = True
+            heapq.heappush(self._heap, (float(expiry), index))
+        if self._heap[0][0] <= now:
+            self.sweep(now, self.SWEEP)
 
     def evict(self) -> Hashable:
         """Forget the oldest key, and return it. There must be one."""
-        home = self._oldest_dict()
-        key = next(iter(home))
-        del home[key]
-        self.count -= 1
+        home, key = self._oldest()
+        self._remove(home, [key])
         return key
 
     def forget(self, key: Hashable) -> None:
         """Forget `key`, if it is there."""
         home = self._dicts[hash(key) % self._parts]
         if key in home:
-            del home[key]
-            self.count -= 1
+            self._remove(home, [key])
 
     def sweep(self, now: float, limit: int) -> int:
-        """Forget up to `limit` expired keys, the oldest first; return how many there were."""
-        before = self.count
-        while self.count and (room := limit - before + self.count):
-            home = self._oldest_dict()
-            expired: list[Hashable] = []
-            for key, expiry in home.items():
-                if expiry > now or len(expired) == room:
-                    break
-                expired.append(key)
-            if not expired:
-                break
-            for key in expired:
-                del home[key]
-            self.count -= len(expired)
-        return before - self.count
+        """Forget up to `limit` expired keys; return how many there were."""
+        found = 0
+        while self._heap and self._heap[0][0] <= now and found < limit:
+            index = self._heap[0][1]
+            home = self._dicts[index]
+            expired, first = _split(home, now, limit - found)
+            if first is None:
+                heapq.heappop(self._heap)
+                self._in_heap[index] = False
+            else:
+                heapq.heapreplace(self._heap, (first, index))
+            self._remove(home, expired)
+            found += len(expired)
+        return found
 
-    def _tidy(self, key: Hashable, now: float) -> None:
-        if now >= self._latest:
-            self.sweep(now, self.SWEEP)
-            return
-        # A clock that goes back is another one, to which all expiries but this one mean nothing.
-        for home in self._dicts:
-            home.clear()
-        self._heap.clear()
-        self._in_heap = bytearray(self._parts)
-        self.count = 0
-        self._latest = now
-        self.check(key, now)
-
-    def _oldest_dict(self) -> dict[Hashable, float]:
-        """Return the dict with the oldest key of all. There must be a key."""
+    def _oldest(self) -> tuple[dict[Hashable, float], Hashable]:
+        """Return the oldest key of all, after the dict that it is in. There must be a key."""
         while True:
             noted, index = self._heap[0]
             home = self._dicts[index]
             if not home:
                 heapq.heappop(self._heap)
                 self._in_heap[index] = False
-            elif (first := next(iter(home.values()))) > noted:
-                heapq.heapreplace(self._heap, (float(first), index))
-            else:
-                return home
+                continue
+            key, expiry = next(iter(home.items()))
+            if expiry <= noted:
+                return home, key
+            heapq.heapreplace(self._heap, (float(expiry), index))
+
+    def _remove(self, home: dict[Hashable, float], keys: list[Hashable]) -> None:
+        before = len(home)
+        removed: list[object] = []  # kept until all is consistent: a result that ends may call us
+        try:
+            for key in keys:
+                removed.append(home.pop(key))  # noqa: PERF401 - for one key, the usual number, this is faster
+        except Exception:  # noqa: BLE001 - a key's hash is not what it was, or it cannot be compared any more
+            gone = set(map(id, keys))
+            entries = [home.popitem() for _ in range(before - len(removed))]  # this asks no key anything
+            removed.append(entries)
+            for key, expiry in reversed(entries):
+                if id(key) not in gone:
+                    with contextlib.suppress(Exception):
+                        home[key] = expiry
+        finally:
+            self.count -= before - len(home)
+
+
+def _split(home: dict[Hashable, float], now: float, limit: int) -> tuple[list[Hashable], float | None]:
+    """Return the first keys, up to `limit`, that have expired, and the expiry of the one after them."""
+    expired: list[Hashable] = []
+    for key, expiry in home.items():
+        if expiry > now or len(expired) == limit:
+            return expired, float(expiry)
+        expired.append(key)
+    return expired, None
 
 
 class _Done(float):
     """The expiry of a key whose `once` is done, with its result."""
 
+    __slots__ = ("result",)
     result: Any
 
+    def __new__(cls, expiry: float, result: Any) -> Self:
+        done = super().__new__(cls, expiry)
+        done.result = result
+        return done
 
-@dataclass(slots=True)
+
 class _Outcome:
     """How a shared run ended. Not a future's exception, which would complain if nobody is left to take it."""
 
-    result: Any = None
-    error: Exception | None = None
+    def __init__(self, result: Any, error: Exception | None = None) -> None:
+        self._result = result
+        self._error = error
+        self._traceback = None if error is None else error.__traceback__
+
+    def get(self) -> Any:
+        if self._error is not None:
+            raise self._error.with_traceback(self._traceback)  # lest it grow with each who takes it
+        return self._result
 
 
 class _Flight:
     """A run of `once` that others wait for. What they are given is its outcome; None says: you run it now."""
 
     def __init__(self) -> None:
-        self.loop = asyncio.get_running_loop()
-        self.waiting: OrderedDict[asyncio.Future[_Outcome | None], None] = OrderedDict()
+        self._loop = asyncio.get_running_loop()
+        self._over = False
+        self._waiting: OrderedDict[asyncio.Future[_Outcome | None], None] = OrderedDict()
+
+    @property
+    def over(self) -> bool:
+        return self._over or self._loop.is_closed()  # with the loop of the one that ran it went the run
+
+    async def wait(self) -> _Outcome | None:
+        turn: asyncio.Future[_Outcome | None] = self._loop.create_future()
+        self._waiting[turn] = None
+        try:
+            return await turn
+        except BaseException:
+            self._waiting.pop(turn, None)
+            if turn.done() and not turn.cancelled() and turn.result() is None:
+                self.hand_over()  # it was this one's turn to run it
+            raise
+
+    def hand_over(self) -> None:
+        """Let the next who waits run it; when nobody waits, it is over."""
+        while self._waiting and not self.over:
+            turn, _ = self._waiting.popitem(last=False)
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._over = True
+
+    def land(self, outcome: _Outcome) -> None:
+        """Give all who wait the outcome."""
+        if not self.over:
+            self._over = True
+            for turn in self._waiting:
+                if not turn.done():
+                    turn.set_result(outcome)
 
 
 class DedupCache:
@@ -243,7 +301,10 @@ class DedupCache:
             self._evict()
 
     def forget(self, key: Hashable) -> None:
-        """Forget `key`, and the result that `once` had for it; the next time is a first time again."""
+        """Forget `key`, and the result that `once` had for it; the next time is a first time again.
+
+        A run of `once` that is in flight stays, and so will its result.
+        """
         self._keys.forget(key)
 
     def cleanup(self) -> int:
@@ -268,35 +329,35 @@ class DedupCache:
             RuntimeError: `key` was seen by `check` or `mark`, so there is no result to return.
             Exception: What `fn` raised.
         """
-        if self._in_flight(key):
-            self._duplicates += 1
-            flight = self._flights[key]
-            outcome = await self._wait(key, flight)
-            if outcome is not None:
-                if outcome.error is not None:
-                    raise outcome.error
-                shared: T = outcome.result
-                return shared
-        else:
+        flight = self._flights.get(key)
+        waits = True
+        if flight is None or flight.over:
             expiry = self._keys.expiry(key, self._now())
             if expiry is not None:
                 self._duplicates += 1
                 remembered: T = self._result(key, expiry)
                 return remembered
             flight = self._flights[key] = _Flight()
+            waits = False
+        self._duplicates += waits
         try:
-            result = await fn(*args, **kwargs)
-        except Exception as error:
-            self._land(key, flight, _Outcome(error=error))
-            raise
-        except BaseException:
-            self._hand_over(key, flight)
-            raise
-        now = self._now()
-        done = _Done(now + self._keys.ttl)
-        done.result = result
-        self._keys.add(key, now, done)
-        self._land(key, flight, _Outcome(result))
+            if waits and (outcome := await flight.wait()) is not None:
+                shared: T = outcome.get()
+                return shared
+            try:
+                result = await fn(*args, **kwargs)
+                now = self._now()
+                self._keys.add(key, now, _Done(now + self._keys.ttl, result))
+            except Exception as error:
+                flight.land(_Outcome(None, error))
+                raise
+            except BaseException:
+                flight.hand_over()
+                raise
+            flight.land(_Outcome(result))
+        finally:
+            if flight.over and self._flights.get(key) is flight:
+                del self._flights[key]
         if self._keys.count > self._keys.max_keys:
             self._evict()
         return result
@@ -316,37 +377,4 @@ class DedupCache:
 
     def _in_flight(self, key: Hashable) -> bool:
         flight = self._flights.get(key)
-        if flight is not None and flight.loop.is_closed():
-            del self._flights[key]  # the loop of the one that ran it is gone, and so is the run
-            return False
-        return flight is not None
-
-    async def _wait(self, key: Hashable, flight: _Flight) -> _Outcome | None:
-        turn: asyncio.Future[_Outcome | None] = asyncio.get_running_loop().create_future()
-        flight.waiting[turn] = None
-        try:
-            return await turn
-        except BaseException:
-            flight.waiting.pop(turn, None)
-            if turn.done() and not turn.cancelled() and turn.result() is None:
-                self._hand_over(key, flight)  # it was this one's turn to run it
-            raise
-
-    def _hand_over(self, key: Hashable, flight: _Flight) -> None:
-        """Let the next who waits run it; when nobody waits, the key is free again."""
-        if flight.loop.is_closed():
-            return  # what remained of its tasks is thrown away; by now the key may be another's
-        while flight.waiting:
-            turn, _ = flight.waiting.popitem(last=False)
-            if not turn.done():
-                turn.set_result(None)
-                return
-        del self._flights[key]
-
-    def _land(self, key: Hashable, flight: _Flight, outcome: _Outcome) -> None:
-        if flight.loop.is_closed():
-            return
-        del self._flights[key]
-        for turn in flight.waiting:
-            if not turn.done():
-                turn.set_result(outcome)
+        return flight is not None and not flight.over

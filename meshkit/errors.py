@@ -19,6 +19,7 @@ login: 'bob' has used all 5 admissions of the last 60 s; try again in 12.5 s
 """
 
 import pickle
+import threading
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
@@ -66,46 +67,83 @@ class MeshkitError(Exception):
         return self._sentence()
 
     def _sentence(self) -> str:
-        return (type(self).__doc__ or type(self).__name__).partition("\n")[0]
+        name = type(self).__name__
+        line = (type(self).__doc__ or "").strip().partition("\n")[0]
+        return name if line.startswith(f"{name}(") else line or name  # a dataclass without one has its signature there
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state = {name: _packed(value) for name, value in self.__dict__.items()}
-        cause = None if self.__cause__ is self else self.__cause__  # as `raise error from error` leaves it
-        return _unpack, (type(self), state, _packed(cause), self.__suppress_context__)
+        causes: list[BaseException] = []  # one after the other: nested, a long chain would be too deep
+        outer, cause = _under_way.ids, self.__cause__
+        met = {*outer, id(self)}
+        while cause is not None and id(cause) not in met:
+            causes.append(cause)
+            met.add(id(cause))
+            cause = cause.__cause__ if isinstance(cause, MeshkitError) else None
+        _under_way.ids = met
+        try:
+            args = [_packed(value) for value in self.args]
+            state = {name: _packed(value) for name, value in self.__dict__.items()}
+            packed = [_packed(_without_cause(cause)) for cause in causes]
+        finally:
+            _under_way.ids = outer
+        return _unpack, (type(self), args, state, packed, self.__suppress_context__)
 
     def __copy__(self) -> Self:
-        return _restore(type(self), self.__dict__, self.__cause__, self.__suppress_context__)
+        copied = _without_cause(self)
+        copied.__cause__ = self.__cause__
+        copied.__suppress_context__ = self.__suppress_context__
+        return copied
 
 
-_Error = TypeVar("_Error", bound=MeshkitError)
+class _UnderWay(threading.local):
+    """What this thread is pickling, so that circles end: `raise group.exceptions[0] from group` makes one."""
+
+    ids: frozenset[int] | set[int] = frozenset()
 
 
-def _restore(kind: type[_Error], state: dict[str, Any], cause: BaseException | None, suppress: bool) -> _Error:
-    error = kind.__new__(kind)
-    error.__dict__.update(state)
-    error.__cause__ = cause
+_under_way = _UnderWay()
+_Error = TypeVar("_Error", bound=BaseException)
+
+
+def _without_cause(error: _Error) -> _Error:
+    """Return a copy of `error`; one that is not ours as it is, since it leaves its cause behind when it is pickled."""
+    if not isinstance(error, MeshkitError):
+        return error
+    copied = type(error).__new__(type(error), *error.args)
+    copied.__dict__.update(error.__dict__)
+    copied.__suppress_context__ = error.__suppress_context__
+    return copied
+
+
+def _unpack(
+    kind: type[MeshkitError], args: list[bytes], state: dict[str, bytes], causes: list[bytes], suppress: bool
+) -> MeshkitError:
+    load = pickle.loads  # of the parts of what is being unpickled anyway
+    error = last = kind.__new__(kind, *map(load, args))
+    error.__dict__.update({name: load(value) for name, value in state.items()})
+    for cause in map(load, causes):
+        last.__cause__ = cause
+        last = cause
     error.__suppress_context__ = suppress
     return error
 
 
-def _unpack(kind: type[_Error], state: dict[str, bytes], cause: bytes, suppress: bool) -> _Error:
-    load = pickle.loads  # of the parts of what is being unpickled anyway
-    return _restore(kind, {name: load(value) for name, value in state.items()}, load(cause), suppress)
-
-
 def _packed(value: object) -> bytes:
-    """Return `value` pickled, or else its text: an error must travel even if its cause, or a key in it, cannot.
-
-    As bytes: if it were only tried here, and left to be pickled later, each cause of a chain of errors would be pickled
-    twice as often as the error that it caused.
-    """
+    """Return `value` pickled, or else its text: an error must travel even if its cause, or a key in it, cannot."""
     try:
         packed = pickle.dumps(value)
         pickle.loads(packed)  # noqa: S301 - our own bytes, made on the line above
     except Exception:  # noqa: BLE001 - anything may go wrong in somebody's __reduce__, and none of it matters here
-        stand_in = RuntimeError(f"{type(value).__name__}: {value}") if isinstance(value, BaseException) else repr(value)
-        return pickle.dumps(stand_in)
+        return pickle.dumps(_stand_in(value))
     return packed
+
+
+def _stand_in(value: object) -> object:
+    name = type(value).__name__
+    try:
+        return RuntimeError(f"{name}: {value}") if isinstance(value, BaseException) else repr(value)
+    except Exception:  # noqa: BLE001 - nor may a __str__ or __repr__ that fails stop it
+        return RuntimeError(name) if isinstance(value, BaseException) else f"<{name}>"
 
 
 def _seconds(value: float) -> str:
@@ -126,13 +164,14 @@ class Refused(MeshkitError):
     retry_after: float | None = None
 
     def __str__(self) -> str:
-        hint = "" if self.retry_after is None else f"; try again in {_seconds(self.retry_after)}"
-        return self._sentence() + hint
+        if self.retry_after is None:
+            return self._sentence()
+        return f"{self._sentence().removesuffix('.')}; try again in {_seconds(self.retry_after)}"
 
 
 @dataclass(eq=False, kw_only=True)
 class RateLimited(Refused):
-    """The key has used up its admissions for now."""
+    """The key has used up its admissions for now; None is the key where keys are not told apart."""
 
     name: str
     key: object
@@ -140,7 +179,8 @@ class RateLimited(Refused):
     window: float
 
     def _sentence(self) -> str:
-        return f"{self.name}: {self.key!r} has used all {self.max_count} admissions of the last {_seconds(self.window)}"
+        limit = f"all {self.max_count} admissions of the last {_seconds(self.window)}"
+        return f"{self.name}: {limit} are used" if self.key is None else f"{self.name}: {self.key!r} has used {limit}"
 
 
 @dataclass(eq=False, kw_only=True)

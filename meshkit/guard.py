@@ -13,6 +13,7 @@
 
 import functools
 import inspect
+import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterator
@@ -120,6 +121,7 @@ class Stack(Guard):
         require_async(fn, self)
         for guard in reversed(self.guards):
             fn = guard(fn)
+        fn.__dict__["__guard__"] = self  # it knows its guards one by one, and must hold the stack, for `PerKey`
         return fn
 
     def describe(self) -> str:
@@ -197,8 +199,11 @@ class PerKey(Generic[K, G]):
 
     At `max_keys` an idle one, among those not used for longest, makes room for a new key. One that is not idle is
     never forgotten: a spray of new keys cannot close an open breaker. Where no idle one is found, a new key is
-    refused with `TooManyKeys`. Ask for the guard of a key whenever you use it, rather than keeping it: once it has
-    been forgotten, the key gets another.
+    refused with `TooManyKeys`.
+
+    An idle guard that somebody else still holds (a call under way does) is let go of last, and not forgotten: until
+    nobody holds it, its key gets the same one again. `make` may return anything that is `idle` at times and can be
+    referred to weakly.
 
     Cost: amortised O(1); making room looks at no more than 64 guards, and goes on from there the next time (the
     CLOCK algorithm, Corbató 1968). Not for use from several threads.
@@ -211,6 +216,7 @@ class PerKey(Generic[K, G]):
         self._max_keys = _check.count("max_keys", max_keys)
         self._name = name
         self._guards: OrderedDict[K, G] = OrderedDict()  # those used last at the end
+        self._let_go: weakref.WeakValueDictionary[K, G] = weakref.WeakValueDictionary()  # but held by somebody else
         self._evicted = self._refused = 0
 
     def __getitem__(self, key: K) -> G:
@@ -220,12 +226,16 @@ class PerKey(Generic[K, G]):
             TooManyKeys: `key` is new, and there is no idle guard to forget.
         """
         guard = self._guards.get(key)
-        if guard is None:
-            if len(self._guards) >= self._max_keys:
-                self._make_room(key)
-            guard = self._guards[key] = self._make(key)
-        else:
+        if guard is not None:
             self._guards.move_to_end(key)
+            return guard
+        self._make_room(key)  # first: for a key that is refused, none is made
+        guard = self._let_go.pop(key, None)
+        if guard is None:
+            guard = self._make(key)
+            weakref.ref(guard)  # a TypeError now, not when there are too many
+            self._make_room(key)  # again: `make` may have asked for other keys
+        self._guards[key] = guard
         return guard
 
     def get(self, key: K) -> G | None:
@@ -242,15 +252,26 @@ class PerKey(Generic[K, G]):
 
     def _make_room(self, key: K) -> None:
         guards = self._guards
+        if len(guards) < self._max_keys:
+            return
+        held: list[K] = []
         for _ in range(min(self.MAX_LOOKS, len(guards))):
             oldest = next(iter(guards))
-            if guards[oldest].idle:
-                del guards[oldest]
-                self._evicted += 1
-                return
-            guards.move_to_end(oldest)
-        self._refused += 1
-        raise TooManyKeys(name=self._name, key=key, max_keys=self._max_keys)
+            if not guards[oldest].idle:
+                guards.move_to_end(oldest)
+                continue
+            self._let_go[oldest] = guards.pop(oldest)
+            still_held = self._let_go.pop(oldest, None)
+            if still_held is None:
+                break
+            guards[oldest] = still_held  # better one that nobody holds
+            held.append(oldest)
+        else:
+            if not held:
+                self._refused += 1
+                raise TooManyKeys(name=self._name, key=key, max_keys=self._max_keys)
+            self._let_go[held[0]] = guards.pop(held[0])
+        self._evicted += 1
 
     def __contains__(self, key: object) -> bool:
         return key in self._guards

@@ -18,7 +18,8 @@ The treaty:
 - Nobody overtakes: while others wait for a key, `allow` refuses it.
 - A key that is limited is never forgotten, however many new ones come.
 - Time is the loop's. What another clock said (a virtual loop's, say, before this one ran) counts only if it lies within
-  a window of now, so that it holds a key up for two windows at most.
+  a window of now, so that it holds a key up for two windows at most. Going back to a clock after another one was used
+  may find forgotten what it had said: the first promise is made for one clock after the other.
 """
 
 import math
@@ -121,8 +122,10 @@ class SlidingWindow(KeyTimes):
                     return False
             times.append(now)
             return True
-        if self.free_at(key, now, cost) > now:
-            self.refused_keys += key not in self
+        self.check_cost(cost)
+        is_new = key not in self
+        if not self.has_room(now) if is_new else self.free_at(key, now, cost) > now:
+            self.refused_keys += is_new
             return False
         self.add(key, now, cost)
         return True
@@ -307,7 +310,7 @@ class RateLimiter(Guard):
 
         Those who come while a call for the key is under way share it, and its result or error. It runs in a task of its
         own until it is done, or until the last of them is cancelled; its deadline is the latest of theirs. Errors are
-        not remembered.
+        not remembered. What `fn` itself asks for the same key is a request of its own.
 
         Raises:
             RateLimited: The request was refused, and there is no result of the last two windows.

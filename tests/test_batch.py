@@ -1,17 +1,14 @@
 import asyncio
-import itertools
 import pickle
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, cast
 
 import anyio
 import pytest
-from hypothesis import given, strategies as st
 
 from meshkit.batch import BatchCollector, BatchDone, BatchStats
 from meshkit.errors import BatchFull, Closed
 from meshkit.events import Event
-from meshkit.testing import run
 
 
 class Sink:
@@ -129,14 +126,6 @@ async def test_batches_start_in_order_and_at_most_concurrency_run_at_once() -> N
     assert sink.items == list(range(20))
     assert sink.most_running == 3
     assert sink.times == [0.0] * 3 + [10.0] * 3 + [20.0] * 3 + [30.0]
-
-
-async def test_one_at_a_time_is_the_default() -> None:
-    sink = Sink(seconds=1)
-    async with BatchCollector(sink, max_size=1, max_wait=1) as collector:
-        for item in range(4):
-            await collector.add(item)
-    assert sink.most_running == 1
 
 
 async def test_an_empty_collector_flushes_nothing() -> None:
@@ -340,6 +329,14 @@ async def test_an_observer_hears_of_every_batch_after_the_state_is_consistent() 
     ]
 
 
+async def yields(items: list[Any]) -> AsyncIterator[Any]:
+    yield items
+
+
+def yields_plainly(items: list[Any]) -> Iterator[Any]:
+    yield items
+
+
 def collect(**arguments: Any) -> BatchCollector[Any, Any]:
     defaults: dict[str, Any] = {"flush": print, "max_size": 10, "max_wait": 1.0}
     return BatchCollector(**(defaults | arguments))
@@ -358,6 +355,8 @@ def collect(**arguments: Any) -> BatchCollector[Any, Any]:
         ({"concurrency": 0}, ValueError, "concurrency must be at least 1, not 0"),
         ({"stop_timeout": float("inf")}, ValueError, "stop_timeout must be finite"),
         ({"flush": None}, TypeError, "flush must be a function of a list of items, not None"),
+        ({"flush": yields_plainly}, TypeError, "flush must not yield"),
+        ({"flush": yields}, TypeError, "flush must not yield"),
         ({"on_error": Sink().__call__}, TypeError, "on_error must be a plain function"),
     ],
 )
@@ -390,36 +389,3 @@ def test_batch_full_prints_and_pickles() -> None:
     error = BatchFull(name="orders", max_pending=100)
     assert str(error) == "orders: 100 items are waiting to be flushed; flushing is slower than adding"
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
-
-
-@given(
-    sizes=st.lists(st.integers(1, 30), max_size=10),
-    max_size=st.integers(1, 7),
-    more=st.integers(0, 20),
-    concurrency=st.integers(1, 3),
-    seconds=st.sampled_from([0.0, 0.3, 2.0]),
-)
-def test_every_item_arrives_once_and_in_order(
-    sizes: list[int], max_size: int, more: int, concurrency: int, seconds: float
-) -> None:
-    sink = Sink(seconds)
-
-    async def main() -> None:
-        async with BatchCollector(
-            sink,
-            max_size=max_size,
-            max_wait=0.5,
-            max_pending=max_size + more,
-            concurrency=concurrency,
-            stop_timeout=999,
-        ) as collector:
-            numbers = itertools.count()
-            for size in sizes:
-                for _ in range(size):
-                    await collector.add(next(numbers))
-                await asyncio.sleep(0.4)
-        assert sink.items == list(range(sum(sizes)))
-        assert all(len(batch) <= max_size for batch in sink.batches)
-        assert sink.most_running <= concurrency
-
-    run(main)

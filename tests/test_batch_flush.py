@@ -256,6 +256,20 @@ async def test_adding_from_inside_flush_does_not_wait_behind_those_who_wait_for_
     assert list(inside) == ["a", "b", "inside", "c", "d"]  # c, which found its place taken, kept its turn
 
 
+async def test_leaving_from_inside_flush_is_refused() -> None:
+    errors: list[str] = []
+
+    async def flush(items: list[int]) -> None:
+        with pytest.raises(RuntimeError) as raised:
+            await collector.__aexit__()
+        errors.append(str(raised.value))
+
+    async with BatchCollector(flush, max_size=1, max_wait=1, name="orders") as collector:
+        await collector.add(0)
+    assert errors == ["orders: stop() inside flush would wait for itself; use add() there"]
+    assert collector.stats().flushed == 1
+
+
 @pytest.mark.parametrize("verb", ["submit", "flush", "stop"])
 async def test_what_would_wait_for_its_own_flush_is_refused(verb: str) -> None:
     errors: list[str] = []
@@ -381,7 +395,12 @@ def test_it_keeps_its_promises_with_eager_tasks() -> None:
     run(main)
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with Python 3.12")
+def begins_at_once(loop: asyncio.AbstractEventLoop, coroutine: Any, **_: Any) -> Any:
+    """Make no task of what raises before its first await: what eager tasks do, on Python 3.11 too."""
+    coroutine.send(None)
+    raise AssertionError
+
+
 def test_an_exit_out_of_an_eager_flush_comes_out_and_the_batch_is_told() -> None:
     told = Told()
 
@@ -391,13 +410,36 @@ def test_an_exit_out_of_an_eager_flush_comes_out_and_the_batch_is_told() -> None
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        loop.set_task_factory(cast("Any", asyncio).eager_task_factory)
-        loop.set_exception_handler(lambda *_: None)  # asyncio forgets that the task's exception came out
         async with BatchCollector(flush, max_size=1, max_wait=1, on_error=told) as collector:
+            loop.set_task_factory(begins_at_once)
             with pytest.raises(SystemExit):
                 await collector.add("a")
+            loop.set_task_factory(None)
             await collector.add("b")
         assert (collector.stats().flushed, collector.stats().failed) == (1, 1)
 
     run(main)
     assert [(items, type(error)) for items, error in told.calls] == [(["a"], OutcomeUnknown)]
+
+
+def test_an_exit_out_of_the_next_eager_flush_does_not_keep_the_last_batch_from_being_told() -> None:
+    told = Told()
+
+    async def flush(items: list[str]) -> None:
+        loop = asyncio.get_running_loop()
+        if items == ["b"]:
+            loop.set_task_factory(None)
+            raise SystemExit(3)
+        await asyncio.sleep(1)
+        loop.set_task_factory(begins_at_once)
+        raise ConnectionError
+
+    async def main() -> None:
+        async with BatchCollector(flush, max_size=1, max_wait=1, on_error=told) as collector:
+            await collector.add("a")
+            await collector.add("b")
+            await asyncio.sleep(5)
+
+    with pytest.raises(SystemExit):
+        run(main)
+    assert told.items == ["a", "b"]

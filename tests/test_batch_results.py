@@ -3,6 +3,7 @@
 import asyncio
 from collections import deque
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -114,6 +115,19 @@ async def test_results_may_be_any_collection_that_has_an_order() -> None:
 
     async with BatchCollector(flush, max_size=2, max_wait=1) as collector:
         assert await asyncio.gather(*map(collector.submit, [1, 2])) == [1, 2]
+
+
+async def test_a_result_that_only_claims_to_be_an_exception_is_a_result() -> None:
+    claims = Mock(spec=ValueError)
+    assert isinstance(claims, ValueError)
+
+    async def flush(items: list[int]) -> list[Any]:
+        return [KeyError(), claims]
+
+    async with BatchCollector(flush, max_size=2, max_wait=1) as collector:
+        results = await asyncio.gather(collector.submit(0), collector.submit(1), return_exceptions=True)
+    assert type(results[0]) is KeyError
+    assert results[1] is claims
 
 
 async def test_what_cannot_be_raised_in_a_submitter_is_an_unknown_outcome() -> None:

@@ -44,23 +44,6 @@ async def test_a_call_returns_the_response_that_names_its_id() -> None:
     assert await asyncio.gather(*calls) == ["response 0", "response 1", "response 2"]
 
 
-async def test_a_stash_that_stores_with_a_confidant_and_waits_for_the_ack() -> None:
-    calls: CallRegistry[int] = CallRegistry(timeout=5.0)
-    sent: list[dict[str, str | bytes]] = []
-
-    async def store_with(confidant: str, data: bytes) -> int:
-        return await calls.call(lambda call_id: sent.append({"id": call_id, "to": confidant, "data": data}))
-
-    def handle_store_ack(in_reply_to: str, size: int) -> bool:
-        return calls.resolve(in_reply_to, size)
-
-    storing = asyncio.create_task(store_with("bob", b"the map"))
-    await asyncio.sleep(1)
-    assert handle_store_ack(str(sent[0]["id"]), 7)
-    assert await storing == 7
-    assert not handle_store_ack(str(sent[0]["id"]), 7)
-
-
 @pytest.mark.parametrize("response", [None, False, ValueError("as a value"), [], asyncio.sleep])
 async def test_any_object_can_be_a_response(response: object) -> None:
     registry: CallRegistry[object] = CallRegistry()
@@ -230,16 +213,6 @@ async def test_a_timeout_of_the_enclosing_scope_ends_a_call() -> None:
 # --- sending -----------------------------------------------------------------------------------------------
 
 
-async def test_a_call_is_pending_before_it_is_sent() -> None:
-    registry: CallRegistry[None] = CallRegistry()
-
-    def send(call_id: str) -> None:
-        assert call_id in registry
-        registry.resolve(call_id, None)
-
-    await registry.call(send)
-
-
 async def test_an_awaitable_that_send_returns_is_awaited() -> None:
     registry: CallRegistry[str] = CallRegistry()
 
@@ -360,13 +333,3 @@ def test_an_error_of_send_after_the_response_does_not_hide_it_and_is_reported() 
     run(main)
     assert [str(context["exception"]) for context in reported] == ["broken pipe"]
     assert reported[0]["message"] == "meshkit: storage: send failed after its call had ended"
-
-
-async def test_a_plain_send_that_returns_nothing_costs_no_scope_and_no_suspension() -> None:
-    registry: CallRegistry[str] = CallRegistry()
-    call = registry.call(nowhere, id="1")
-    waiting = call.send(None)
-    assert asyncio.isfuture(waiting)
-    registry.resolve("1", "response")
-    with pytest.raises(StopIteration):
-        call.send(None)

@@ -114,15 +114,6 @@ def test_a_deadline_of_an_earlier_call_with_the_same_id_means_nothing() -> None:
     assert pending.expire(60.0) == ["second"]
 
 
-@pytest.mark.parametrize("replied", [True, False])
-def test_a_call_that_ends_leaves_its_bucket(replied: bool) -> None:
-    pending: PendingCalls[None] = PendingCalls(10)
-    pending.add("other", None, 3600.0)
-    pending.add("one", None, 3600.0)
-    pending.take("one", replied)
-    assert sum(map(len, pending._buckets.values())) == 1
-
-
 @given(st.lists(st.floats(0, 100), min_size=1, max_size=60))
 def test_nobody_is_expired_early_and_everybody_at_the_next_wake_after_the_deadline(timeouts: list[float]) -> None:
     pending: PendingCalls[float] = PendingCalls(100)

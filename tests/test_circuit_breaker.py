@@ -1,7 +1,6 @@
 """What CircuitBreaker promises to those who call through it; the core has tests of its own."""
 
 import asyncio
-import gc
 import pickle
 import traceback
 from collections.abc import Coroutine
@@ -274,7 +273,7 @@ def test_a_call_cancelled_at_any_await_gives_its_place_back_exactly_once(form: s
                 other.close()
             if await point.cancel(coroutine):  # noqa: B023 - runs within this iteration
                 assert seen(breaker) is State.HALF_OPEN
-                assert breaker.stats().in_flight == 0
+                assert breaker.stats().probes == 0
                 assert breaker.allow_request(), "the place of the probe was not given back"
                 assert not breaker.allow_request(), "it was given back twice"
             else:
@@ -292,7 +291,7 @@ def test_a_closed_breaker_learns_nothing_from_a_call_cancelled_at_any_await() ->
                 breaker = CircuitBreaker(threshold)  # noqa: B023 - runs within this iteration
                 if await point.cancel(breaker.call(asyncio.sleep, 1)):  # noqa: B023
                     assert breaker.idle
-                    assert (breaker.stats().calls, breaker.stats().in_flight) == (0, 0)
+                    assert breaker.stats().calls == 0
 
             run(main)
 
@@ -402,54 +401,36 @@ async def test_a_straggler_admitted_in_an_older_state_changes_nothing(form: str,
     assert seen(breaker) is State.OPEN
 
 
-async def test_in_flight_is_exact_in_every_form_and_state() -> None:
-    breaker = CircuitBreaker()
+async def test_stats_say_how_many_probes_hold_a_place_and_only_while_half_open() -> None:
+    breaker = tripped(reset_timeout=10.0, half_open_max=3)
     decorated = breaker(asyncio.sleep)
-    go = asyncio.Event()
 
     async def block() -> None:
         async with breaker:
-            await go.wait()
+            await asyncio.sleep(2)
 
-    calls = [breaker.call(go.wait) for _ in range(2)]
-    assert breaker.stats().in_flight == 0, "a coroutine that has not started is not in flight"
-    coroutines: list[Coroutine[Any, Any, Any]] = [
-        *calls,
-        *(decorated(1) for _ in range(3)),
-        *(block() for _ in range(4)),
-    ]
-    tasks = [asyncio.create_task(coroutine) for coroutine in coroutines]
-    await asyncio.sleep(0)
-    assert breaker.allow_request()
-    assert breaker.stats().in_flight == 10
-    assert not breaker.idle
+    assert breaker.stats().probes == 0
+    await asyncio.sleep(10)
+    tasks = [asyncio.create_task(coroutine) for coroutine in (breaker.call(asyncio.sleep, 1), decorated(2), block())]
+    assert breaker.stats().probes == 0, "a call that has not started is no probe yet"
+    await asyncio.sleep(0.5)
+    assert breaker.stats().probes == 3
     await asyncio.sleep(1)
-    assert breaker.stats().in_flight == 7
-    go.set()
+    assert (breaker.stats().probes, breaker.stats().calls) == (2, 1)
     await asyncio.gather(*tasks)
-    assert breaker.stats().in_flight == 1
-    breaker.record_ignored()
-    assert breaker.stats().in_flight == 0
-    assert breaker.idle
+    assert seen(breaker) is State.CLOSED
+    async with breaker:
+        assert breaker.stats().probes == 0
 
 
-async def test_whoever_keeps_an_exception_keeps_no_call_in_flight() -> None:
-    breaker = CircuitBreaker(10)
-    decorated = breaker(boom)
-    kept = await asyncio.gather(breaker.call(boom), decorated(), return_exceptions=True)
-    assert all(isinstance(error, ConnectionError) and error.__traceback__ for error in kept)
-    assert breaker.stats().in_flight == 0
-
-
-def test_a_call_whose_coroutine_is_thrown_away_is_not_in_flight() -> None:
-    breaker = CircuitBreaker()
-
+def test_a_probe_whose_coroutine_is_thrown_away_gives_its_place_back() -> None:
     async def main() -> None:
+        breaker = tripped(reset_timeout=10.0)
+        await asyncio.sleep(10)
         coroutine = breaker.call(forever)
         coroutine.send(None)
-        assert breaker.stats().in_flight == 1
+        assert breaker.stats().probes == 1
         coroutine.close()
-        assert breaker.stats().in_flight == 0
+        assert breaker.stats().probes == 0
 
     run(main)
-    gc.collect()

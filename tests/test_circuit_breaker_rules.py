@@ -7,10 +7,8 @@ from typing import Any
 
 import anyio
 import pytest
-from hypothesis import given, strategies as st
 
-from meshkit import _blocks, _generations, _trip_rule
-from meshkit._blocks import Blocks
+from meshkit import _generations, _trip_rule
 from meshkit._generations import Window
 from meshkit.circuit_breaker import CircuitBreaker, FailureRate, State
 from meshkit.errors import (
@@ -51,7 +49,7 @@ async def count(trips_on: Any, error: BaseException) -> bool:
     return seen(breaker) is State.OPEN
 
 
-@pytest.mark.parametrize("part", [_blocks, _generations, _trip_rule])
+@pytest.mark.parametrize("part", [_generations, _trip_rule])
 def test_the_examples_of_the_inner_parts_run(part: ModuleType) -> None:
     failed, attempted = doctest.testmod(part)
     assert (failed, attempted > 0) == (0, True)
@@ -255,9 +253,9 @@ async def test_a_slow_call_counts_once() -> None:
     hanging = asyncio.create_task(breaker.call(asyncio.sleep, 5))
     await asyncio.sleep(3)
     await breaker.call(asyncio.sleep, 0)
-    assert (breaker.stats().calls, breaker.stats().failures, breaker.stats().in_flight) == (2, 1, 1)
+    assert (breaker.stats().calls, breaker.stats().failures) == (2, 1)
     await hanging
-    assert (breaker.stats().calls, breaker.stats().failures, breaker.stats().in_flight) == (2, 1, 0)
+    assert (breaker.stats().calls, breaker.stats().failures) == (2, 1)
 
 
 async def test_a_call_that_is_cancelled_after_it_was_slow_has_failed_and_one_before_has_not() -> None:
@@ -293,10 +291,11 @@ async def test_ten_thousand_calls_under_way_are_told_apart() -> None:
 
     tasks = [asyncio.create_task(block(1 + number % 3)) for number in range(10_000)]
     await asyncio.sleep(0)
-    assert breaker.stats().in_flight == 10_000
+    assert len(breaker._circuit.generation.watched) == 10_000
     await asyncio.gather(*tasks)
     assert breaker.stats().failures == 6_666
-    assert breaker.stats().in_flight == 0
+    assert not breaker._circuit.generation.watched
+    assert not breaker._apart
 
 
 def test_a_slow_calls_circuit_loses_no_lease_at_any_cancellation() -> None:
@@ -353,41 +352,3 @@ async def test_the_memory_of_a_window_is_bounded() -> None:
 def test_bad_rates_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}$"):
         FailureRate(**settings)
-
-
-# --- which lease a block holds -----------------------------------------------------------------------------
-
-
-@given(st.lists(st.tuples(st.sampled_from(["enter", "leave", "turn", "no shared lease"]), st.integers(0, 3))))
-def test_every_block_is_left_with_the_lease_it_was_entered_with(steps: list[tuple[str, int]]) -> None:
-    """Blocks of one task nest, so each task has a stack of them; the model keeps these stacks."""
-    blocks: Blocks[str] = Blocks()
-    blocks.settle(shared=True, quiet=True)
-    model: dict[int, list[str]] = {}
-    shared: str | None = "shared 0"
-    for number, (step, task) in enumerate(steps, 1):
-        if step == "enter":
-            lease = shared or f"own {number}"
-            if blocks.alike:
-                blocks.count += 1
-            else:
-                blocks.enter(lease, task, shared=lease is shared)
-            model.setdefault(task, []).append(lease)
-        elif step == "leave":
-            if model.get(task):
-                expected = model[task].pop()
-                old = expected.startswith("shared") and expected != shared
-                if blocks.alike:
-                    blocks.count -= 1
-                    assert expected == shared
-                else:
-                    left = blocks.leave(task, shared)
-                    assert left == expected or (old and left is None), "a stray may not be known by name"
-        else:
-            shared = f"shared {number}" if step == "turn" else None
-            blocks.turn()
-            blocks.settle(shared=shared is not None, quiet=False)
-    still_open = [lease for leases in model.values() for lease in leases]
-    assert blocks.count <= still_open.count(shared or "")
-    if not still_open:
-        assert blocks.alike is (shared is not None)

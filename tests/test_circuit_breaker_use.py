@@ -1,12 +1,14 @@
 """CircuitBreaker with `async with` and by hand; its events, when it is idle, its settings."""
 
 import asyncio
+import contextlib
 import random
 from collections import Counter
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal, get_args
 
 import pytest
+from hypothesis import given, strategies as st
 
 from meshkit.circuit_breaker import CircuitBreaker, CircuitChanged, FailureRate, State
 from meshkit.errors import CircuitOpen, Refused
@@ -15,6 +17,11 @@ from meshkit.testing import run
 from tests.test_circuit_breaker import boom, fail, ok, seen, tripped
 
 # --- `async with` ------------------------------------------------------------------------------------------
+
+
+def nothing_open(breaker: CircuitBreaker) -> bool:
+    """Return whether it knows of no block that is still open, and no call that is waited for."""
+    return not breaker._open and not breaker._apart and not breaker._circuit.generation.watched
 
 
 async def test_blocks_of_many_tasks_count_as_calls() -> None:
@@ -55,9 +62,8 @@ async def test_blocks_after_a_change_of_state_are_told_from_those_before_it() ->
     new = [asyncio.create_task(block(100)) for _ in range(3)]
     await asyncio.gather(*old, return_exceptions=True)
     assert seen(breaker) is State.CLOSED, "the failures were of blocks from before the break"
-    assert breaker.stats().in_flight == 3
     assert await asyncio.gather(*new) == ["done"] * 3
-    assert breaker.idle
+    assert nothing_open(breaker)
     with pytest.raises(ConnectionError):
         await block(0, ConnectionError())
     assert seen(breaker) is State.OPEN
@@ -80,10 +86,10 @@ async def test_a_probe_that_is_left_over_when_the_circuit_closes_is_told_from_ne
     assert seen(breaker) is State.CLOSED
     new = [asyncio.create_task(block(seconds)) for seconds in (1, 10)]
     await asyncio.sleep(0)
-    assert breaker.stats().in_flight == 2
     await asyncio.gather(left_over, *new, return_exceptions=True)
     assert seen(breaker) is State.CLOSED
-    assert breaker.idle
+    assert breaker.stats().failures == 0
+    assert nothing_open(breaker)
 
 
 async def test_blocks_nest_in_one_task() -> None:
@@ -94,11 +100,34 @@ async def test_blocks_nest_in_one_task() -> None:
         async with breaker:  # the probe
             pass
         assert seen(breaker) is State.CLOSED
-        async with breaker:
-            assert breaker.stats().in_flight == 1, "the outer one is a straggler"
+        with pytest.raises(ConnectionError):
             async with breaker:
-                assert breaker.stats().in_flight == 2
-    assert breaker.idle
+                async with breaker:
+                    await ok()
+                await boom()
+        assert seen(breaker) is State.OPEN, "the failure was of the block inside"
+        breaker.reset()
+        with pytest.raises(ConnectionError):
+            async with breaker, breaker:
+                await boom()
+        breaker.reset()
+        with contextlib.suppress(ConnectionError):  # in the outermost one
+            await boom()
+    assert seen(breaker) is State.CLOSED
+    assert nothing_open(breaker)
+
+
+async def test_the_outermost_of_nested_blocks_is_a_straggler_and_its_failure_changes_nothing() -> None:
+    breaker = CircuitBreaker(failure_threshold=1, reset_timeout=10.0)
+    with pytest.raises(ConnectionError):
+        async with breaker:
+            await fail(breaker)
+            breaker.reset()
+            async with breaker:
+                pass
+            await boom()
+    assert seen(breaker) is State.CLOSED
+    assert nothing_open(breaker)
 
 
 async def test_a_block_may_be_left_by_another_task_as_an_async_generator_is() -> None:
@@ -110,9 +139,9 @@ async def test_a_block_may_be_left_by_another_task_as_an_async_generator_is() ->
 
     generator = generate()
     assert await anext(generator) == 1
-    assert breaker.stats().in_flight == 1
+    assert not nothing_open(breaker)
     await asyncio.create_task(generator.aclose())  # type: ignore[attr-defined]
-    assert breaker.stats().in_flight == 0
+    assert nothing_open(breaker)
 
 
 def test_blocks_need_no_loop() -> None:
@@ -125,7 +154,59 @@ def test_blocks_need_no_loop() -> None:
     with pytest.raises(StopIteration) as stopped:
         block().send(None)
     assert stopped.value.value == "done"
-    assert (breaker.stats().calls, breaker.stats().in_flight) == (1, 0)
+    assert breaker.stats().calls == 1
+    assert nothing_open(breaker)
+
+
+Step = Literal["enter", "leave", "fail", "reset", "isolate"]
+
+
+@pytest.mark.parametrize("slow_call", [None, 1e6])
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(get_args(Step))), max_size=40))
+def test_every_block_is_left_with_the_lease_it_was_entered_with(
+    slow_call: float | None, steps: list[tuple[int, Step]]
+) -> None:
+    """Blocks of one task nest, so each task has a stack of them; the model keeps these stacks."""
+    breaker = CircuitBreaker(FailureRate(calls=100, minimum_calls=100, slow_call=slow_call))
+    queues: list[asyncio.Queue[Step]] = [asyncio.Queue() for _ in range(4)]
+
+    async def blocks(queue: asyncio.Queue[Step]) -> None:
+        while (step := await queue.get()) == "enter":
+            with contextlib.suppress(OSError, CircuitOpen):
+                async with breaker:
+                    await blocks(queue)
+        if step == "fail":
+            raise OSError
+
+    async def main() -> None:
+        open_in: list[list[int]] = [[] for _ in queues]  # the generations that the blocks of each task belong to
+        tasks = [asyncio.create_task(blocks(queue)) for queue in queues]
+        generation = calls = failures = 0
+        isolated = False
+        for task, step in steps:
+            if step in ("reset", "isolate"):
+                isolated = step == "isolate"
+                breaker.isolate() if isolated else breaker.reset()
+                generation, calls, failures = generation + 1, 0, 0
+            elif step == "enter":
+                queues[task].put_nowait(step)
+                if not isolated:
+                    open_in[task].append(generation)
+            elif open_in[task]:
+                queues[task].put_nowait(step)
+                counts = open_in[task].pop() == generation
+                calls += counts
+                failures += counts and step == "fail"
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert (breaker.stats().calls, breaker.stats().failures) == (calls, failures)
+        for queue, generations in zip(queues, open_in, strict=True):
+            for _ in range(len(generations) + 1):
+                queue.put_nowait("leave")
+        await asyncio.gather(*tasks)
+
+    run(main)
+    assert nothing_open(breaker)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +251,8 @@ def test_thousands_of_calls_in_all_forms_and_random_cancellation_lose_no_lease(
 
     run(main)
     assert set(outcomes) == {"cancelled", "ConnectionError", "CircuitOpen", "NoneType"}
-    assert breaker.stats().in_flight == 0
+    assert breaker.stats().probes == 0
+    assert nothing_open(breaker)
     assert breaker.stats().opened > 5, "it was not much of a test"
 
 
@@ -231,7 +313,7 @@ async def test_calls_by_hand_that_are_never_reported_are_bounded() -> None:
     breaker = CircuitBreaker()
     for _ in range(10_050):
         assert breaker.allow_request()
-    assert breaker.stats().in_flight == 10_000
+    assert len(breaker._manual) == 10_000
 
 
 async def test_isolate_refuses_everything_until_reset() -> None:
@@ -266,7 +348,7 @@ async def test_every_transition_is_told_once_and_after_it_happened() -> None:
     def observe(event: Event) -> None:
         assert isinstance(event, CircuitChanged)
         told.append((event, seen(breaker)))
-        assert breaker.stats().in_flight == (1 if event.after is State.HALF_OPEN else 0)
+        assert breaker.stats().probes == (1 if event.after is State.HALF_OPEN else 0)
 
     breaker = CircuitBreaker(failure_threshold=2, reset_timeout=10.0, name="bob", observer=observe)
     await fail(breaker, 2)
@@ -312,7 +394,7 @@ def idle(breaker: CircuitBreaker) -> bool:
     return breaker.idle
 
 
-async def test_idle_means_closed_nothing_remembered_and_nothing_in_flight() -> None:
+async def test_idle_means_closed_and_no_failure_remembered() -> None:
     breaker = CircuitBreaker(failure_threshold=2, reset_timeout=10.0, max_reset_timeout=20.0)
     assert idle(breaker)
     await breaker.call(ok)
@@ -371,6 +453,42 @@ def test_it_is_made_without_a_loop_and_works_in_two_loops_one_after_the_other() 
     run(late)
     run(early)
     assert isinstance(seen(breaker), State), "without a loop, too"
+
+
+def test_a_probe_left_over_from_a_loop_with_a_later_clock_holds_no_place() -> None:
+    breaker = CircuitBreaker(failure_threshold=1, reset_timeout=30.0)
+
+    async def late() -> None:
+        await asyncio.sleep(5_000)
+        breaker.record_failure()
+        await asyncio.sleep(30)
+        assert breaker.allow_request()  # and nobody ever says what came of it
+
+    async def early() -> None:
+        assert breaker.stats().retry_after == 0.0
+        assert await breaker.call(ok) == 1
+        assert seen(breaker) is State.CLOSED
+
+    run(late)
+    run(early)
+
+
+@pytest.mark.parametrize("interrupted", ["observer", "predicate"])
+async def test_an_observer_or_predicate_that_interrupts_loses_no_place(interrupted: str) -> None:
+    def observe(event: Event) -> None:
+        if interrupted == "observer" and isinstance(event, CircuitChanged) and event.after is State.HALF_OPEN:
+            raise GeneratorExit
+
+    def predicate(_: Exception) -> bool:
+        raise GeneratorExit
+
+    breaker = tripped(reset_timeout=10.0, observer=observe, trips_on=predicate)
+    await asyncio.sleep(10)
+    with pytest.raises(GeneratorExit):
+        await breaker.call(boom)
+    assert (seen(breaker), breaker.stats().probes) == (State.HALF_OPEN, 0)
+    assert await breaker.call(ok) == 1
+    assert seen(breaker) is State.CLOSED
 
 
 def test_repr_shows_settings_and_state() -> None:

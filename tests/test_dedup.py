@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import time
 from typing import Any
 
@@ -122,6 +123,89 @@ def test_a_ttl_too_short_for_the_clock_to_tell_remembers_nothing() -> None:
         assert keys.check("a", 1e9)
         keys.add("b", 1e9, 1e9 + 1e-9)
         assert (keys.expiry("b", 1e9), keys.count) == (None, 0)
+
+
+# --- keys that misbehave -----------------------------------------------------------------------------------
+
+
+class Fuse:
+    """Lets that many comparisons pass, then fails each."""
+
+    left = 1_000_000
+
+    def burn(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise ZeroDivisionError
+
+
+class Hostile:
+    def __init__(self, number: int, fuse: Fuse) -> None:
+        self.number = number
+        self.fuse = fuse
+
+    def __hash__(self) -> int:
+        self.fuse.burn()
+        return 7
+
+    def __eq__(self, other: object) -> bool:
+        self.fuse.burn()
+        return isinstance(other, Hostile) and self.number == other.number
+
+
+@pytest.mark.parametrize("max_keys", [3, 100])
+@pytest.mark.parametrize("expired", [False, True])
+@pytest.mark.parametrize("number", [2, 9])
+@pytest.mark.parametrize("verb", [SeenKeys.check, lambda keys, key, now: keys.forget(key), SeenKeys.sweep])
+def test_a_key_that_fails_anywhere_in_a_call_leaves_nothing_corrupt(
+    verb: Any, number: int, max_keys: int, *, expired: bool
+) -> None:
+    for left in range(12):
+        fuse = Fuse()
+        keys = SeenKeys(ttl=10.0, max_keys=max_keys)
+        for other in range(3):
+            keys.check(Hostile(other, fuse), 0.0)
+        fuse.left = left
+        now = 10.0 if expired else 5.0
+        with contextlib.suppress(ZeroDivisionError):
+            verb(keys, *((now, 100) if verb is SeenKeys.sweep else (Hostile(number, fuse), now)))
+        fuse.left = Fuse.left
+        assert keys.count == sum(map(len, keys._dicts))
+        assert keys.check("another", 30.0)
+        assert keys.count == 1
+
+
+class Changing:
+    def __init__(self) -> None:
+        self.hash = 1
+
+    def __hash__(self) -> int:
+        return self.hash
+
+
+def test_a_key_whose_hash_changes_goes_when_it_expires_and_takes_no_other_along() -> None:
+    keys = SeenKeys(ttl=10.0, max_keys=100)
+    changing = Changing()
+    keys.check("before", 0.0)
+    keys.check(changing, 1.0)
+    keys.check("after", 2.0)
+    changing.hash = 2
+    assert keys.sweep(11.0, 100) == 2
+    assert keys.count == 1
+    assert not keys.check("after", 11.0)
+
+
+def test_a_key_whose_hash_changes_makes_room_at_max_keys() -> None:
+    events: list[Event] = []
+    cache = DedupCache(ttl=10.0, max_keys=2, observer=events.append)
+    changing = Changing()
+    for key in (changing, "b"):
+        cache.check(key)
+    changing.hash = 2
+    for number in range(3):
+        assert cache.check(number)
+        assert len(cache) == 2
+    assert events == [KeyEvicted("dedup", key) for key in (changing, "b", 0)]
 
 
 # --- check, seen, mark, forget -----------------------------------------------------------------------------

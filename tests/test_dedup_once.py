@@ -1,4 +1,5 @@
 import asyncio
+import traceback
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -123,6 +124,66 @@ async def test_while_it_runs_the_key_counts_as_seen() -> None:
     cache.mark("a")
     assert await task == "done"
     assert await cache.once("a", value, "another") == "done"
+
+
+async def test_a_shared_error_does_not_grow_with_each_who_gets_it() -> None:
+    cache = DedupCache(ttl=10.0)
+    work = Work()
+    work.error = error = ValueError("no")
+    await asyncio.gather(*(cache.once("a", work) for _ in range(1_000)), return_exceptions=True)
+    assert 2 <= len(list(traceback.walk_tb(error.__traceback__))) < 10
+
+
+async def test_what_is_forgotten_in_flight_still_lands() -> None:
+    cache = DedupCache(ttl=10.0)
+    task = asyncio.create_task(cache.once("a", value, "first"))
+    await asyncio.sleep(0.5)
+    cache.forget("a")
+    assert list(await asyncio.gather(task, cache.once("a", value, "second"))) == ["first", "first"]
+    assert await cache.once("a", value, "third") == "first"
+
+
+async def test_a_key_that_fails_when_its_result_is_to_be_kept_leaves_nobody_waiting() -> None:
+    class Key:
+        broken = False
+
+        def __hash__(self) -> int:
+            if Key.broken:
+                raise ZeroDivisionError
+            return 7
+
+    async def breaks() -> None:
+        await asyncio.sleep(1)
+        Key.broken = True
+
+    cache = DedupCache(ttl=10.0)
+    key = Key()
+    got = await asyncio.gather(*(cache.once(key, breaks) for _ in range(3)), return_exceptions=True)
+    assert [type(error) for error in got] == [ZeroDivisionError] * 3
+    Key.broken = False
+    assert not cache.seen(key)
+    assert await cache.once(key, value) == "done"
+    assert cache.stats().in_flight == 0
+
+
+@pytest.mark.parametrize("max_keys", [1, 100])
+async def test_a_result_may_use_the_cache_when_it_ends(max_keys: int) -> None:
+    class Result:
+        def __del__(self) -> None:
+            ended.append(cache.check(f"end {len(ended)}"))
+
+    async def result() -> Result:
+        return Result()
+
+    ended: list[bool] = []
+    cache = DedupCache(ttl=10.0, max_keys=max_keys)
+    for number in range(6):
+        await cache.once(number, result)
+    await asyncio.sleep(10)
+    cache.check("another")
+    cache.cleanup()
+    assert ended == [True] * 6
+    assert len(cache) == cache._keys.count == sum(map(len, cache._keys._dicts)) <= 7
 
 
 # --- cancellation ------------------------------------------------------------------------------------------

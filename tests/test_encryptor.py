@@ -10,7 +10,7 @@ import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, strategies as st
@@ -126,6 +126,35 @@ def test_whatever_comes_from_the_wire_there_is_one_error_with_one_text(wrong: An
         assert caught.value.__cause__ is None
         assert caught.value.__context__ is None
         assert not hasattr(caught.value, "__notes__")
+
+
+class Raises:
+    """Whatever is asked of it, and since Python 3.12 that may be its bytes, it raises."""
+
+    def __raise(self, *_: object) -> Any:
+        raise KeyError("hostile")
+
+    __buffer__ = __len__ = __iter__ = __eq__ = __bytes__ = __repr__ = __getattr__ = __raise
+    __hash__ = None  # type: ignore[assignment]
+
+
+def test_a_hostile_object_is_a_bad_seal_like_any_other() -> None:
+    encryptor = Encryptor(KEY)
+    sealed, hostile = encryptor.seal(b"data"), cast("bytes", Raises())
+    attempts: list[Callable[[], object]] = [
+        lambda: encryptor.open(hostile, sealed.ciphertext),
+        lambda: encryptor.open(sealed.nonce, hostile),
+        lambda: encryptor.open(*sealed, hostile),
+        lambda: encryptor.open_combined(hostile),
+        lambda: run(lambda: encryptor.open_large(sealed.nonce, hostile)),
+        lambda: run(lambda: first(encryptor.open_stream([hostile]))),
+    ]
+    for attempt in attempts:
+        with pytest.raises(BadSeal) as caught:
+            attempt()
+        assert caught.value.__context__ is None
+    with pytest.raises(TypeError, match=r"^plaintext must be bytes, not Raises$"):
+        encryptor.seal(hostile)
 
 
 anything = st.one_of(st.none(), st.integers(), st.text(), st.binary(max_size=80), st.lists(st.integers(0, 255)))
@@ -330,18 +359,6 @@ def test_what_was_sealed_pickles_and_reads_well() -> None:
 LARGE = bytes(range(256)) * 1024  # 256 KiB, the least that takes a thread
 
 
-@pytest.mark.parametrize("size", [module._LARGE - 1, module._LARGE, module._LARGE + 16, module._LARGE + 17])
-def test_large_messages_are_sealed_the_same_in_both_ways(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    nonce, data = b"n" * 24, bytes(size)
-    in_place = module._encrypt(data, b"aad", nonce, KEY)
-    opened = module._decrypt(in_place, b"aad", nonce, (OLD, KEY))
-    altered = module._decrypt(in_place[:-1] + bytes([in_place[-1] ^ 1]), b"aad", nonce, (OLD, KEY))
-    monkeypatch.setattr(module, "_libsodium", None)  # as if PyNaCl had none to offer
-    assert module._encrypt(data, b"aad", nonce, KEY) == in_place
-    assert module._decrypt(in_place, b"aad", nonce, (OLD, KEY)) == opened == data
-    assert altered is None
-
-
 def test_small_messages_take_no_thread_and_do_not_suspend() -> None:
     encryptor = Encryptor(KEY)
     with pytest.raises(StopIteration) as stop:
@@ -434,9 +451,22 @@ def test_a_large_seal_cancelled_at_any_await_leaves_nothing_behind() -> None:
         asyncio.run(again())
 
 
-def test_on_virtual_time_a_large_message_says_that_threads_take_real_time() -> None:
-    with pytest.raises(RuntimeError, match="a thread takes real time"):
-        run(lambda: Encryptor(KEY).seal_large(LARGE))
+def test_on_virtual_time_which_has_no_threads_a_large_message_is_worked_on_in_place() -> None:
+    encryptor = Encryptor(KEY)
+    sealed = run(lambda: encryptor.seal_large(LARGE, b"aad"))
+    assert run(lambda: encryptor.open_large(*sealed, b"aad")) == LARGE
+    with pytest.raises(BadSeal) as caught:
+        run(lambda: encryptor.open_large(*sealed, b"other"))
+    assert caught.value.__context__ is None
+    with pytest.raises(TypeError, match="aad must be bytes") as wrong:
+        run(lambda: encryptor.seal_large(LARGE, "aad"))  # type: ignore[arg-type]
+    assert wrong.value.__context__ is None
+
+
+@pytest.mark.real_time
+async def test_a_loop_that_is_shutting_down_still_seals_large_messages() -> None:
+    await asyncio.get_running_loop().shutdown_default_executor()
+    assert Encryptor(KEY).open(*await Encryptor(KEY).seal_large(LARGE)) == LARGE
 
 
 def test_one_encryptor_serves_many_threads_at_once() -> None:

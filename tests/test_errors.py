@@ -1,7 +1,10 @@
 """The errors: their kinds, what they say, and that they travel with all that they know."""
 
 import asyncio
+import contextlib
 import copy
+import dataclasses
+import gc
 import inspect
 import pickle
 import threading
@@ -46,6 +49,10 @@ SAYS: list[tuple[MeshkitError, str]] = [
     (
         RateLimited(name="login", key="bob", max_count=5, window=60.0),
         "login: 'bob' has used all 5 admissions of the last 60 s",
+    ),
+    (
+        RateLimited(name="login", key=None, max_count=5, window=60.0, retry_after=2.0),
+        "login: all 5 admissions of the last 60 s are used; try again in 2 s",
     ),
     (CircuitOpen(name="db", state="open"), "db: the circuit is open, the call was not made"),
     (
@@ -234,8 +241,45 @@ class Unexplained(Refused):
 
 
 def test_an_error_of_your_own_says_the_first_line_of_its_docstring() -> None:
-    assert str(OutOfCredit(retry_after=3.0)) == "The account is empty.; try again in 3 s"
+    assert str(OutOfCredit()) == "The account is empty."
+    assert str(OutOfCredit(retry_after=3.0)) == "The account is empty; try again in 3 s"
     assert str(Unexplained()) == "Unexplained"
+    assert str(Unexplained(retry_after=3.0)) == "Unexplained; try again in 3 s"
+
+
+@dataclasses.dataclass(eq=False)
+class OfData(Refused):
+    account: str
+
+
+class FurtherDown(Refused):
+    """
+    The account is empty.
+    """
+
+
+class WithArguments(Refused):
+    """The account is empty."""
+
+    def __init__(self, account: str) -> None:
+        super().__init__(retry_after=3.0)
+        self.account = account
+
+    def __str__(self) -> str:
+        return f"account {self.args[0]} is empty"
+
+
+def test_errors_of_your_own_may_be_written_in_any_style() -> None:
+    assert str(OfData("bob")) == "OfData", "the docstring that a dataclass without one is given is no sentence"
+    assert str(FurtherDown()) == "The account is empty."
+    assert str(WithArguments("bob")) == "account bob is empty"
+
+
+@pytest.mark.parametrize("error", [OutOfCredit(), Unexplained(), OfData("bob"), FurtherDown(), WithArguments("bob")])
+def test_errors_of_your_own_travel_with_their_arguments(error: Refused) -> None:
+    for received in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert type(received) is type(error)
+        assert (str(received), received.args, vars(received)) == (str(error), error.args, vars(error))
 
 
 # --- travelling ---------------------------------------------------------------------------------------------
@@ -313,10 +357,41 @@ def test_a_key_that_does_not_pickle_travels_as_its_text() -> None:
     assert copy.copy(error).key is lock
 
 
+class Hostile(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+    __repr__ = __str__
+
+    def __reduce__(self) -> str:
+        raise RuntimeError("no")
+
+
+def test_what_neither_pickles_nor_prints_travels_as_the_name_of_its_type() -> None:
+    error = RateLimited(name="login", key=[Hostile()], max_count=5, window=60.0)
+    error.__cause__ = Hostile()
+    received = pickle.loads(pickle.dumps(error))
+    assert received.key == "<list>"
+    assert repr(received.__cause__) == "RuntimeError('Hostile')"
+
+
+def test_raising_the_same_class_again_and_again_grows_nothing() -> None:
+    def refuse(times: int) -> None:
+        for _ in range(times):
+            with contextlib.suppress(CircuitOpen):
+                raise CircuitOpen(name="db", state="open", retry_after=1.0)
+
+    refuse(10)
+    gc.collect()
+    before = len(gc.get_objects())
+    refuse(10_000)
+    assert len(gc.get_objects()) - before < 100
+
+
 def test_a_long_chain_of_causes_travels() -> None:
-    """Each error in it once: when each looked whether its cause pickles, a chain of 25 took minutes."""
+    """Longer than Python's stack is deep; each error in it is pickled once, or a chain of 25 would take minutes."""
     error: MeshkitError | None = None
-    for number in range(60):
+    for number in range(2000):
         above = Closed(name=str(number))
         above.__cause__ = error
         error = above
@@ -325,7 +400,7 @@ def test_a_long_chain_of_causes_travels() -> None:
     while received is not None:
         names.append(received.name)
         received = received.__cause__
-    assert names == [str(number) for number in reversed(range(60))]
+    assert names == [str(number) for number in reversed(range(2000))]
 
 
 def test_an_error_that_is_its_own_cause_travels_too() -> None:
@@ -335,6 +410,33 @@ def test_an_error_that_is_its_own_cause_travels_too() -> None:
     received = pickle.loads(pickle.dumps(error))
     assert received.name == "pool"
     assert received.__cause__ is None
+
+
+def test_two_errors_that_are_the_cause_of_each_other_travel() -> None:
+    one, two = Closed(name="one"), Closed(name="two")
+    one.__cause__, two.__cause__ = two, one
+    received = pickle.loads(pickle.dumps(one))
+    assert (received.name, received.__cause__.name, received.__cause__.__cause__) == ("one", "two", None)
+
+
+def test_an_error_out_of_the_group_that_is_its_cause_travels() -> None:
+    group = ExceptionGroup("all", [Closed(name=str(number)) for number in range(10)])
+    for member in group.exceptions:
+        member.__cause__ = group  # as `raise group.exceptions[0] from group` leaves it
+    received = pickle.loads(pickle.dumps(group.exceptions[3]))
+    assert received.name == "3"
+    members = received.__cause__.exceptions
+    assert [(member.name, member.__cause__) for member in members] == [(str(number), None) for number in range(10)]
+
+
+def test_the_members_of_a_group_keep_their_own_causes() -> None:
+    inner = PeerLost(node="bob")
+    inner.__cause__ = ConnectionResetError("lost")
+    outer = Closed(name="pool")
+    outer.__cause__ = ExceptionGroup("all", [inner, inner])
+    received = pickle.loads(pickle.dumps(outer))
+    assert [repr(each.__cause__) for each in received.__cause__.exceptions] == ["ConnectionResetError('lost')"] * 2
+    assert pickle.loads(pickle.dumps(inner)).__cause__ is not None, "and nothing of the first time is remembered"
 
 
 def test_a_group_as_the_cause_travels() -> None:

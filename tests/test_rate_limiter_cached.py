@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from meshkit._results import Results, SharedRun
+from meshkit._results import Results, _inside
 from meshkit.errors import CallTimeout, RateLimited, TooManyKeys
 from meshkit.rate_limiter import RateLimiter
 from meshkit.testing import VirtualTimeLoop, cancellation_points, run
@@ -41,6 +41,16 @@ class Work:
         if isinstance(self.result, BaseException):
             raise self.result
         return self.result
+
+
+class Changing:
+    """A key with a hash that changes, which a key should not have."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
 
 async def test_the_verification_of_pings_as_the_specification_has_it() -> None:
@@ -135,6 +145,16 @@ class ResultsMachine(RuleBasedStateMachine):
             assert found == fresh
 
 
+def test_results_whose_keys_have_changed_are_forgotten_like_others() -> None:
+    results = Results(ttl=10.0, max_keys=1)
+    key = Changing("bob")
+    results.put(key, 1, 0.0)
+    key.name = "carol"
+    results.put("dave", 2, 0.0)
+    assert len(results) == 1
+    assert results.get("dave", 0.0) == (True, 2)
+
+
 ResultsMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=25)
 TestResults = ResultsMachine.TestCase
 
@@ -190,13 +210,8 @@ async def test_those_who_come_together_share_one_call() -> None:
     assert now() == 1.0
     assert limiter.stats().denied == 0
     assert not len(limiter._runs)
-
-
-async def test_other_keys_have_other_calls() -> None:
-    limiter = RateLimiter(1, 10.0)
-    work = Work()
     await asyncio.gather(*[limiter.call_or_cached(key, work) for key in range(5)])
-    assert work.begun == 5
+    assert work.begun == 6, "other keys have other calls"
 
 
 async def test_an_error_goes_to_all_who_share_it_and_is_not_remembered() -> None:
@@ -229,6 +244,46 @@ async def test_a_function_that_cannot_even_be_called_is_an_error_like_any_other(
     with pytest.raises(TypeError, match="takes 1 positional argument but 2 were given"):
         await limiter.call_or_cached("bob", Work(), 1)  # type: ignore[call-arg]
     assert await limiter.call_or_cached("bob", Work()) == "result"
+
+
+@pytest.mark.parametrize("in_a_task", [False, True])
+async def test_a_call_that_asks_for_its_own_key_does_not_wait_for_itself(in_a_task: bool) -> None:
+    limiter = RateLimiter(2, 10.0)
+    begun = 0
+
+    async def recursive() -> str:
+        nonlocal begun
+        begun += 1
+        again = limiter.call_or_cached("bob", recursive)
+        try:
+            return await (asyncio.create_task(again) if in_a_task else again)
+        except RateLimited:
+            return "the limit ends it"
+
+    assert await limiter.call_or_cached("bob", recursive) == "the limit ends it"
+    assert begun == 2
+    assert await limiter.call_or_cached("bob", recursive) == "the limit ends it", "from memory"
+    assert begun == 2
+    assert not len(limiter._runs)
+
+
+async def test_calls_that_lead_to_one_another_leave_no_trail() -> None:
+    limiter = RateLimiter(1, 10.0)
+    trails: list[int] = []
+
+    async def renew() -> None:
+        trails.append(len(_inside.get()))
+        if len(trails) < 20:
+            later.append(asyncio.create_task(after_a_while()))
+
+    async def after_a_while() -> None:
+        await asyncio.sleep(10)
+        await limiter.call_or_cached("bob", renew)
+
+    later = [asyncio.create_task(after_a_while())]
+    for task in later:  # it grows as they end
+        await task
+    assert trails == [1] * 20
 
 
 @pytest.mark.parametrize("which", range(5))
@@ -565,11 +620,3 @@ def test_whatever_is_cancelled_nobody_hangs_and_no_call_is_made_too_much(
         assert all(later - earlier >= 10 for earlier, later in zip(begun, begun[limit:], strict=False))
 
     run(main)
-
-
-async def test_a_shared_run_can_be_joined_until_it_ends() -> None:
-    shared: SharedRun[str] = SharedRun(Work(), "shared")
-    before = shared.open
-    assert await asyncio.gather(*[shared.result() for _ in range(3)]) == ["result"] * 3
-    assert (before, shared.open) == (True, False)
-    assert await shared.result() == "result"

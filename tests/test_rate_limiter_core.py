@@ -273,6 +273,25 @@ def test_keys_to_be_kept_are_not_forgotten() -> None:
     assert limiter.admit("carol", 20.0)
 
 
+@pytest.mark.parametrize("max_keys", [3, 1_000_000])
+def test_a_key_whose_hash_changes_harms_no_other(max_keys: int) -> None:
+    class Changing:
+        name = "bob"
+
+        def __hash__(self) -> int:
+            return hash(self.name)
+
+    limiter = SlidingWindow(1, 10.0, max_keys=max_keys)
+    key = Changing()
+    assert limiter.admit(key, 0.0)
+    key.name = "carol"
+    assert limiter.admit("dave", 0.0)
+    assert limiter.counts(0.0)
+    assert all(limiter.admit(number, number * 10.0) for number in range(1, 10))
+    limiter.cleanup(1000.0)
+    assert len(limiter) == 0
+
+
 def test_very_many_keys_are_kept_in_several_dicts() -> None:
     limiter = SlidingWindow(1, 10.0, max_keys=1_000_000)
     for key in range(0, 64 * 3000, 64):

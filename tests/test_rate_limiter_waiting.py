@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -529,15 +528,3 @@ def test_a_waiter_closed_outside_of_its_loop_leaves_too() -> None:
     assert not limiter._lines
     assert not loop.live_timers()
     loop.close()
-
-
-def test_infinite_and_absent_deadlines_are_no_deadlines() -> None:
-    async def main() -> None:
-        limiter = RateLimiter(1, 10.0)
-        await limiter.acquire("bob")
-        with anyio.CancelScope(deadline=math.inf):
-            await limiter.acquire("bob")
-        await limiter.acquire("bob")
-        assert now() == 20.0
-
-    run(main)

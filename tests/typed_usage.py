@@ -1,5 +1,7 @@
 """Usage that must type-check, and infer exactly. mypy and pyright read this file; nothing runs it."""
 
+import asyncio
+import functools
 from collections.abc import Coroutine
 from typing import Any, assert_type
 
@@ -15,7 +17,9 @@ from meshkit import (
     Encryptor,
     Guard,
     Hedger,
+    Logger,
     Message,
+    Observer,
     PerKey,
     RateLimiter,
     Retrier,
@@ -23,11 +27,14 @@ from meshkit import (
     Runtime,
     Sealed,
     Service,
+    Stack,
+    State,
     Timeout,
     broadcast,
     handles,
     local,
     majority,
+    median,
     request,
     stack,
     trimmed_mean,
@@ -70,12 +77,71 @@ async def fetch(url: str, *, retries: int = 0) -> bytes:
     return f"{url}{retries}".encode()
 
 
+async def write(row: int, table: str = "rows", *tags: str, force: bool, **more: int) -> list[int]:
+    return [row, len(table), len(tags), force, *more.values()]
+
+
 def every_guard_keeps_the_signature(guard: Guard) -> None:
     retrier = Retrier(RetryPolicy(), on=ConnectionError)
     for one in (guard, retrier, CircuitBreaker(), Timeout(1.0), Bulkhead(1), Hedger(delay=1.0), stack(retrier)):
         guarded = one(fetch)
         good: Coroutine[Any, Any, bytes] = guarded("url", retries=3)
         good.close()
+
+
+async def every_guard_as_a_decorator_keeps_defaults_keyword_only_and_variable_arguments() -> None:
+    breakers = PerKey(breaker_of)
+
+    @Retrier(RetryPolicy(), on=ConnectionError)
+    @breakers["db"]
+    @Bulkhead(10)
+    @Timeout(1.0)
+    @Hedger(delay=1.0)
+    @RateLimiter(max_count=5, window=1.0)
+    @RateLimiter(max_count=5, window=1.0).for_key("bob")
+    @stack(Timeout(1.0))
+    async def save(row: int, table: str = "rows", *tags: str, force: bool, **more: int) -> list[int]:
+        return [row, len(table), len(tags), force, *more.values()]
+
+    assert_type(await save(1, force=True), list[int])
+    assert_type(await save(1, "t", "tag", "tag", force=False, extra=3), list[int])
+    await save(1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    await save(1, "t", force="yes")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    await save(1, force=True, extra="3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    for guard in (Timeout(1.0), Bulkhead(1), CircuitBreaker(), Hedger(delay=1.0), stack(Timeout(1.0))):
+        assert_type(await guard.call(write, 1, "t", "tag", force=True, extra=3), list[int])
+        await guard.call(write, 1)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+
+
+def breaker_of(peer: str) -> CircuitBreaker:
+    return CircuitBreaker(name=peer, trips_on=(ConnectionError, TimeoutError), observer=print)
+
+
+def one_guard_per_key_is_of_the_kind_that_its_factory_makes() -> None:
+    breakers = PerKey(breaker_of, max_keys=10)
+    assert_type(breakers, PerKey[str, CircuitBreaker])
+    assert_type(breakers["bob"].state, State)
+    breakers[3]  # type: ignore[index]  # pyright: ignore[reportArgumentType]
+    stacks = PerKey(stack_of)
+    assert_type(stacks[3], Stack)
+
+
+def stack_of(port: int) -> Stack:
+    return stack(Timeout(1.0), Bulkhead(port))
+
+
+async def blocks_that_are_guarded_give_what_they_say(retrier: Retrier, observer: Observer) -> None:
+    async for attempt in retrier.attempts():
+        with attempt:
+            assert_type(await fetch("url"), bytes)
+    async with CircuitBreaker(observer=observer), Bulkhead(1), Timeout(1.0), RateLimiter(max_count=1, window=1.0):
+        pass
+
+
+async def what_a_fn_may_be() -> None:
+    assert_type(await Timeout(1.0).call(functools.partial(fetch, retries=3), "url"), bytes)
+    assert_type(await Timeout(1.0).call(lambda: fetch("url")), bytes)
+    Timeout(1.0)(len)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 async def calls_through_guards_infer_arguments_and_results() -> None:
@@ -112,5 +178,41 @@ async def utilities_infer_what_they_carry() -> None:
     async with BatchCollector(save, max_size=3, max_wait=1.0) as collector:
         await collector.add(1)
         assert_type(await collector.submit(1), str)
-    sealed = Encryptor(bytes(32)).seal(b"")
+        assert_type(collector.submit_nowait(1), asyncio.Future[str])
+        assert_type(collector.try_add(1), bool)
+        await collector.add("1")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+    async def drop(rows: list[int]) -> None:
+        rows.clear()
+
+    async with BatchCollector(drop, max_size=3, max_wait=1.0) as without_results:
+        await without_results.add(1)
+        await without_results.submit(1)  # type: ignore[misc]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+async def sealing_infers_what_it_gives() -> None:
+    encryptor = Encryptor.derive(b"kept where secrets are kept", "stash v1")
+    sealed = encryptor.seal(b"", aad=b"")
     assert_type(sealed, Sealed)
+    assert_type(encryptor.open(*sealed), bytes)
+    assert_type(encryptor.open_combined(encryptor.seal_combined(b"")), bytes)
+    assert_type([piece async for piece in encryptor.open_stream(encryptor.seal_stream([b""]))], list[bytes])
+    assert_type(await encryptor.seal_large(b""), Sealed)
+
+
+async def the_others_infer_what_they_carry() -> None:
+    registry = CallRegistry[StoreAck](timeout=1.0)
+    assert_type(registry.resolve("id", StoreAck(1)), bool)
+    assert_type(registry.reject("id", ConnectionError()), bool)
+    registry.resolve("id", 3)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    helper = ConsensusHelper[float](3, median, ["alice"])
+    await helper.wait()
+    assert_type(helper.outcome().value, float)
+    assert_type(helper.vote_count, int)
+    helper.add_vote("alice", "3")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    limiter = RateLimiter(max_count=5, window=60.0)
+    assert_type(limiter.retry_after("bob"), float)
+    assert_type(await limiter.for_key("bob").call(fetch, "url"), bytes)
+    assert_type(DedupCache(ttl=1.0).check(("any", "hashable")), bool)
+    async with Logger(disabled=["presence"]) as logger:
+        logger.service("stash").bind(disk="sda").warning("%d left", 3, free="3%")

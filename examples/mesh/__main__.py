@@ -6,12 +6,14 @@ It ends with a summary and the digest of the file before and after, and exits wi
 import argparse
 import asyncio
 import hashlib
+import math
 import os
 import pathlib
 import random
 import secrets
+import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -33,7 +35,6 @@ class Node:
     """One node and its services."""
 
     name: str
-    secret: bytes
     stash: Stash
     checkpoint: Checkpoint
     social: Social
@@ -44,22 +45,40 @@ def make_nodes(count: int) -> list[Node]:
     names = [NAMES[i] if i < len(NAMES) else f"node{i}" for i in range(count)]
     nodes: list[Node] = []
     for position, name in enumerate(names):
-        secret = secrets.token_bytes(32)
         # The last node observes wrongly: it counts a thousandfold.
         checkpoint = Checkpoint(names, off_by=1000 if position == count - 1 else 1)
-        nodes.append(Node(name, secret, Stash(secret), checkpoint, Social(), Presence()))
+        nodes.append(Node(name, Stash(secrets.token_bytes(32)), checkpoint, Social(), Presence()))
     return nodes
 
 
+@dataclass
+class Outcome:
+    """What has come of the story."""
+
+    before: str  # the digest of the file when it was stashed
+    after: dict[str, str]  # the digest of what each confidant gave back, or why it gave nothing
+    silent: Node
+    subject: str  # whom all nodes have observed
+
+
 async def read(path: pathlib.Path) -> AsyncIterator[bytes]:
-    """Yield the file piece by piece: it may be larger than memory."""
+    """Yield the file piece by piece."""
     async with await anyio.open_file(path, "rb") as file:
         while piece := await file.read(1 << 16):
             yield piece
 
 
-def heading(text: str) -> None:
+async def watched(chunks: AsyncIterable[bytes], see: Callable[[bytes], object]) -> AsyncIterator[bytes]:
+    """Yield what `chunks` yields, and let `see` see it: so the digest is that of what was stashed."""
+    async for chunk in chunks:
+        see(chunk)
+        yield chunk
+
+
+def heading(text: str, explanation: str = "") -> None:
     print(f"\n\033[1m{text}\033[0m" if COLOURED else f"\n== {text}", flush=True)
+    if explanation:
+        print(f"\033[2m{explanation}\033[0m" if COLOURED else explanation, flush=True)
 
 
 async def until(condition: Callable[[], bool], *, within: float, what: str) -> None:
@@ -72,84 +91,108 @@ async def until(condition: Callable[[], bool], *, within: float, what: str) -> N
         sys.exit(f"after {within:g} s, still not: {what}")
 
 
-async def story(nodes: list[Node], hub: MemoryHub, path: pathlib.Path, seconds: float) -> bool:
-    """Play the story; return whether everything came out as it should."""
+async def story(nodes: list[Node], hub: MemoryHub, file: str, chunks: AsyncIterable[bytes], seconds: float) -> Outcome:
+    """Play the story; return what has come of it."""
     started = asyncio.get_running_loop().time()
     owner, digest = nodes[0], hashlib.sha256()
-    async for piece in read(path):
-        digest.update(piece)
-    before = digest.hexdigest()
     rng = random.Random(7)
 
-    heading(f"{len(nodes)} nodes chat, and {owner.name} stashes {path.name}")
-    target = nodes[1]
+    wanted = min(owner.stash.wanted, len(nodes) - 1)
+    target, teasing = nodes[1], nodes[2:5]
+    heading(
+        f"{owner.name} stashes {file}",
+        f"It is sealed with a key that only {owner.name} has, and left with {wanted} of {len(nodes) - 1} other nodes, "
+        f"its confidants.\nMeanwhile {target.name} is teased: the events of a moment become one line.",
+    )
     async with anyio.create_task_group() as chat:
-        chat.start_soon(owner.stash.put, read(path))
-        for node in nodes[2:5]:
+        chat.start_soon(owner.stash.put, watched(chunks, digest.update))
+        for node in teasing:
             await node.social.tease(target.name)
             await anyio.sleep(0.2)
+    await until(lambda: len(owner.stash.confidants) == wanted, within=60, what=f"{wanted} nodes keep the file")
     await anyio.sleep(PAUSE)
 
-    heading(f"every node says how often {target.name} has restarted; {nodes[-1].name} is wrong by far")
+    heading(
+        f"every node says how often {target.name} has restarted",
+        f"{nodes[-1].name} counts a thousandfold. All must decide the same, and sensibly.",
+    )
     for node in nodes:
         await node.checkpoint.observe(target.name, restarts=rng.choice([3, 3, 4]), uptime=rng.randint(980, 1020))
     await until(lambda: all(n.checkpoint.decided for n in nodes), within=3, what="all nodes have decided")
     await anyio.sleep(PAUSE)
 
     silent = next(node for node in nodes if node.name in owner.stash.confidants)
-    heading(f"{silent.name}, a confidant of {owner.name}, goes silent")
+    spare = len(nodes) - 1 > wanted
+    healing = "another node takes the file in its place" if spare else "there is no other node to take its place"
+    heading(
+        f"{silent.name} goes silent",
+        f"It hears nobody, and nobody hears it. After two calls without an answer the breaker of {owner.name} opens,\n"
+        f"and {healing}.",
+    )
     hub.silence(silent.name)
-    spare = len(nodes) - 1 > owner.stash.wanted
     await until(lambda: silent.name not in owner.stash.confidants, within=8, what="the breaker has opened")
     if spare:
-        wanted = owner.stash.wanted
         await until(lambda: len(owner.stash.confidants) == wanted, within=60, what="the stash has healed")
-
     await anyio.sleep(PAUSE)
 
     confidants = sorted(owner.stash.confidants)
-    heading(f"{owner.name} loses its memory, and asks for its file: {', '.join(confidants)}")
-    owner.stash.lose_memory()
-    digests: dict[str, str] = {}
-    for peer in confidants:
-        digests[peer] = hashlib.sha256(await owner.stash.recover(peer)).hexdigest()
-
-    await anyio.sleep(max(PAUSE, seconds - (asyncio.get_running_loop().time() - started)))
-    heading("summary")
-    print(
-        f"{'node':<8} {'state':<8} {'keeps parts of':<16} {'decided (restarts, uptime)':<28} {'news heard again':>16}"
+    heading(
+        f"{owner.name} loses its memory",
+        f"All it has left is its key. It asks each of its confidants for the whole file: {', '.join(confidants)}.",
     )
+    owner.stash.lose_memory()
+    after: dict[str, str] = {}
+    for peer in confidants:
+        try:
+            after[peer] = hashlib.sha256(await owner.stash.recover(peer)).hexdigest()
+        except MeshkitError as error:
+            after[peer] = f"{type(error).__name__}: {error}"
+    await anyio.sleep(max(PAUSE, seconds - (asyncio.get_running_loop().time() - started)))
+    return Outcome(digest.hexdigest(), after, silent, target.name)
+
+
+def summary(nodes: list[Node], outcome: Outcome) -> bool:
+    """Print what has come of the story; return whether everything came out as it should."""
+    heading("summary")
+    row = "{:<8} {:<7}  {:<14}  {:<27}  {:>16}  {:>12}".format
+    print(row("node", "state", "keeps parts of", "decided (restarts, uptime)", "news heard again", "pings spared"))
     for node in nodes:
         kept = ", ".join(sorted(node.stash.kept)) or "-"
-        decided = node.checkpoint.decided.get(target.name)
-        state = "silent" if node is silent else "up"
-        print(f"{node.name:<8} {state:<8} {kept:<16} {decided!s:<28} {node.presence.repeated:>16}")
-    print(f"\n{'sha256 before':<24} {before}")
-    for peer, after in digests.items():
-        print(f"{'after, from ' + peer:<24} {after}  {'same' if after == before else 'DIFFERENT'}")
+        state = "silent" if node is outcome.silent else "up"
+        decided = str(node.checkpoint.decided.get(outcome.subject))
+        print(row(node.name, state, kept, decided, node.presence.repeated, node.presence.pings.stats().denied))
+    print(f"\n{'sha256 before':<24} {outcome.before}")
+    for peer, after in outcome.after.items():
+        print(f"{'after, from ' + peer:<24} {after}  {'same' if after == outcome.before else 'DIFFERENT'}")
 
-    agreed = len({node.checkpoint.decided[target.name] for node in nodes}) == 1
-    sane = nodes[0].checkpoint.decided[target.name][0] in {3, 4}
+    wanted = min(nodes[0].stash.wanted, len(nodes) - 2)  # all but the owner and the silent one
+    decisions = [node.checkpoint.decided[outcome.subject] for node in nodes]
+    sensible = all(3 <= restarts <= 4 and 980 <= uptime <= 1020 for restarts, uptime in decisions)
     checks = {
-        "the file came back byte for byte": bool(digests) and set(digests.values()) == {before},
-        "all nodes decided the same, despite the outlier": agreed and sane,
-        "the stash healed": len(digests) == owner.stash.wanted or not spare,
+        f"each confidant ({wanted}) gave the file back, byte for byte": (
+            len(outcome.after) == wanted and set(outcome.after.values()) == {outcome.before}
+        ),
+        f"{outcome.silent.name} is no longer a confidant": outcome.silent.name not in outcome.after,
+        f"every other node has noticed that {outcome.silent.name} is silent": all(
+            outcome.silent.name in node.presence.silent for node in nodes if node is not outcome.silent
+        ),
+        "all nodes decided the same, despite the outlier": len(set(decisions)) == 1 and sensible,
     }
     for check, passed in checks.items():
         print(f"{check}: {'yes' if passed else 'NO'}")
     return all(checks.values())
 
 
-async def main(path: pathlib.Path, count: int, seconds: float) -> bool:
+async def main(nodes: list[Node], file: str, chunks: AsyncIterable[bytes], seconds: float = 0.0) -> bool:
     hub = MemoryHub()
-    nodes = make_nodes(count)
     async with AsyncExitStack() as stack:
         for node in nodes:
             services = [node.stash, node.checkpoint, node.social, node.presence]
             logger = Logger(batch_window=0.5, node=node.name, output=sys.stdout)
             runtime = Runtime(node.name, services=services, transport=MemoryTransport(hub), logger=logger)
             await stack.enter_async_context(runtime)
-        return await story(nodes, hub, path, seconds)
+        outcome = await story(nodes, hub, file, chunks, seconds)
+    return summary(nodes, outcome)
 
 
 def arguments() -> argparse.Namespace:
@@ -161,15 +204,20 @@ def arguments() -> argparse.Namespace:
     parsed = parser.parse_args()
     if not 3 <= parsed.nodes <= 100:
         parser.error(f"--nodes must be from 3 to 100, not {parsed.nodes}")
-    if not parsed.file.is_file():
-        parser.error(f"--file {parsed.file} is not a file")
+    if not 0 <= parsed.seconds < math.inf:
+        parser.error(f"--seconds must be 0 or more, not {parsed.seconds}")
+    if not (os.path.isfile(parsed.file) and os.access(parsed.file, os.R_OK)):
+        parser.error(f"--file {parsed.file} is not a file that can be read")
     return parsed
 
 
 if __name__ == "__main__":
     given = arguments()
+    if hasattr(signal, "SIGPIPE"):  # end without a word when nobody reads any more: `python -m examples.mesh | head`
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
-        sys.exit(0 if asyncio.run(main(given.file, given.nodes, given.seconds)) else 1)
+        good = asyncio.run(main(make_nodes(given.nodes), given.file.name, read(given.file), given.seconds))
+        sys.exit(0 if good else 1)
     except MeshkitError as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Presence: nodes verify that others are there, and spread the news of those who are not.
 
-Verifying is limited to one ping per peer and window; who asks more often gets the last answer. News is heard from
-several nodes at once, and passed on once.
+Who hears such news verifies it. Verifying is limited to one ping per peer and window: whoever asks more often gets the
+last answer, so that news does not become a storm of pings. News that comes from several nodes at once is heard once.
 """
 
 import anyio
@@ -34,8 +34,7 @@ class Presence(Service):
         self.every = every
         self.pings = RateLimiter(max_count=1, window=every, name="pings per peer")
         self.gossip = DedupCache(ttl=5 * every, name="news")
-        self.silent: set[str] = set()  # as far as the news goes
-        self.answers: dict[str, bool] = {}  # what this node found itself
+        self.silent: set[str] = set()  # who does not answer this node
         self.repeated = 0
 
     async def start(self) -> None:
@@ -47,10 +46,18 @@ class Presence(Service):
         while True:
             for peer in sorted(self.rt.peers):
                 present = await self.verify(peer)
-                if present is not self.answers.get(peer, True):
+                if peer not in self.rt.peers:
+                    continue  # it has left the mesh, which is not silence
+                if self.note(peer, present=present):
                     await self.rt.emit(NEWS, News(peer, present))
-                self.answers[peer] = present
             await anyio.sleep(self.every)
+
+    def note(self, peer: str, *, present: bool) -> bool:
+        """Remember whether `peer` is there; return whether that is new."""
+        if present is (peer not in self.silent):
+            return False
+        (self.silent.discard if present else self.silent.add)(peer)
+        return True
 
     async def verify(self, peer: str) -> bool:
         """Say whether `peer` answers: by asking it, or from the last answer if it was asked a moment ago."""
@@ -70,12 +77,15 @@ class Presence(Service):
 
     @handles(NEWS)
     async def hear(self, msg: Message[News]) -> None:
-        """Take note of news, the first time that it is heard."""
+        """Take note of news, the first time that it is heard; believe it if this node finds the same."""
         news = msg.payload
         if not self.gossip.check(f"{news.about} {news.present}"):
             self.repeated += 1
             return
         self.gossip.forget(f"{news.about} {not news.present}")
-        (self.silent.discard if news.present else self.silent.add)(news.about)
-        if news.about != self.rt.name:
-            self.log.info("%s is %s, says %s", news.about, "back" if news.present else "silent", msg.sender)
+        if news.about == self.rt.name:
+            return
+        found = await self.verify(news.about)
+        self.note(news.about, present=found)
+        doubt = "" if found is news.present else ", but not to me"
+        self.log.info("%s is %s, says %s%s", news.about, "back" if news.present else "silent", msg.sender, doubt)

@@ -12,7 +12,9 @@ import msgspec
 from meshkit import (
     CallTimeout,
     CircuitBreaker,
+    CircuitChanged,
     Encryptor,
+    Event,
     MeshkitError,
     Message,
     OutcomeUnknown,
@@ -52,6 +54,11 @@ CHECK = request("stash:check", int, reply=bool)  # are there so many parts of th
 RECALL = request("stash:recall", Recall, reply=Part)
 
 
+PATIENCE = (
+    2.0  # seconds for one part: longer than the window of a confidant's limiter, in which its owner may have to wait
+)
+
+
 def is_passing(error: Exception) -> bool:
     """Say what is worth another try with the same peer: no answer, too busy, or its plea for patience."""
     return isinstance(error, OutcomeUnknown | Overloaded) or (isinstance(error, RemoteError) and error.retryable)
@@ -77,6 +84,7 @@ class Stash(Service):
                 reset_timeout=5.0,
                 trips_on=(OutcomeUnknown, Unreachable),
                 name=f"breaker of {peer}",
+                observer=self.tell,
             )
         )
         patience = RetryPolicy(max_retries=3, base_delay=0.2, max_delay=1.0)
@@ -85,6 +93,11 @@ class Stash(Service):
     async def start(self) -> None:
         """Look after the confidants for as long as this node is up."""
         self.spawn(self.tend)
+
+    def tell(self, event: Event) -> None:
+        """Log what happens to a breaker."""
+        if isinstance(event, CircuitChanged):
+            self.log.warning("%s: %s -> %s", event.name, event.before, event.after)
 
     # --- as an owner -------------------------------------------------------------------------------------
 
@@ -104,7 +117,8 @@ class Stash(Service):
                     continue
                 if await self.entrust(peer):
                     self.confidants.add(peer)
-                    self.log.event("entrust", self.rt.name, target=peer, message=f"left {len(self.mine)} parts")
+                    parts = f"{len(self.mine)} part{'s' if len(self.mine) > 1 else ''}"
+                    self.log.event("entrust", self.rt.name, target=peer, message=parts)
 
     async def entrust(self, peer: str) -> bool:
         """Leave every part with `peer`; return whether it has them all now."""
@@ -112,14 +126,14 @@ class Stash(Service):
             for part in self.mine:
                 await self.ask(peer, part)
         except MeshkitError as error:
-            self.log.warning("cannot leave it with this peer", peer=peer, error=str(error))
+            self.log.warning("cannot leave it with %s", peer, reason=str(error))
             return False
         return True
 
     async def ask(self, peer: str, part: Part) -> None:
         """Call STORE, retried, and through the breaker of this peer: each try counts there."""
         guard = stack(self.retrier, self.breakers[peer])
-        await guard.call(self.rt.call, STORE, part, to=peer, timeout=0.5)
+        await guard.call(self.rt.call, STORE, part, to=peer, timeout=PATIENCE)
 
     async def tend(self) -> None:
         """Ask the confidants now and then whether they still have it; replace the one whose breaker has opened."""
@@ -131,10 +145,10 @@ class Stash(Service):
                     if not await breaker.call(self.rt.call, CHECK, len(self.mine), to=peer, timeout=0.5):
                         self.confidants.discard(peer)
                 except CallTimeout:
-                    self.log.warning("no answer", peer=peer, breaker=breaker.state.value)
+                    self.log.warning("no answer from %s", peer)
                 except MeshkitError as error:
                     self.confidants.discard(peer)
-                    self.log.warning("given up on a confidant", peer=peer, reason=str(error))
+                    self.log.warning("%s is no longer a confidant", peer, reason=str(error))
             if self.mine and len(self.confidants) < self.wanted:
                 await self.find_confidants()
 
@@ -150,7 +164,7 @@ class Stash(Service):
         """Yield the sealed parts that `peer` keeps for this node, in order."""
         number, of = 0, 1
         while number < of:
-            part = await self.retrier.call(self.rt.call, RECALL, Recall(number), to=peer, timeout=1.0)
+            part = await self.retrier.call(self.rt.call, RECALL, Recall(number), to=peer, timeout=PATIENCE)
             number, of = number + 1, part.of
             yield part.sealed
 
@@ -169,7 +183,7 @@ class Stash(Service):
         await self.take_turn(self.storing, msg.sender)
         kept = self.kept.setdefault(msg.sender, {})
         kept[msg.payload.number] = msg.payload
-        self.log.event("store", msg.sender, message=f"stored {len(msg.payload.sealed) / 1000:.1f} kB")
+        self.log.event("store", msg.sender, message=f"stored {len(msg.payload.sealed):,} bytes")
         return len(kept)
 
     @handles(CHECK)

@@ -44,8 +44,7 @@ Trust: TypeAlias = Collection[str] | Callable[[str], bool] | None
 """Whom a node listens to: these node ids, or those for which the predicate returns True, or (None) anyone."""
 
 _HEADER = struct.Struct(">BB32s32s16sq")
-_VERSION = 1
-_SEALED, _SIGNED = 1, 2
+_VERSION, _SEALED, _SIGNED = 1, 1, 2
 _LEAST_BODY = {_SEALED: 24 + 16, _SIGNED: SIGNATURE_SIZE}  # bytes: nonce and tag of a seal; a signature
 _OVERHEAD = _HEADER.size + SIGNATURE_SIZE  # bytes, at most
 _EVERY_NODE = bytes(32)  # is no node's key: as a point of the curve it has small order
@@ -136,7 +135,7 @@ class Prover:
         skew: How many seconds before `started` a stamp may be all the same, because clocks differ. What was accepted
             before a restart, and is stamped after that, could be accepted once more.
         max_frame: How many bytes a frame may have. `max_bundle`, what then remains for a bundle, is an attribute.
-        max_remembered: How many accepted frames it can remember, each until its stamp is out of the window; 130 bytes.
+        max_remembered: How many accepted frames it can remember, each until its stamp is out of the window; 170 bytes.
     """
 
     def __init__(
@@ -155,8 +154,8 @@ class Prover:
         self._max_frame = _check.count("max_frame", max_frame, minimum=_OVERHEAD + 1)
         self.max_bundle = max_frame - _OVERHEAD
         self.seen = ReplayWindow(
-            window=_micros(_check.duration("window", window)),
-            floor=_micros(started) - _micros(_check.duration("skew", skew, zero=True)),
+            window=round(_check.duration("window", window) * _MICRO),
+            floor=round((started - _check.duration("skew", skew, zero=True)) * _MICRO),
             max_keys=_check.count("max_remembered", max_remembered),
         )
         self._recipients: OrderedDict[str, _Peer] = OrderedDict()  # those that were used last, as are
@@ -231,7 +230,7 @@ class Prover:
                 raise BadSignature
 
         _keep(self._senders, sender, peer)  # it is proved: from here on things may be remembered
-        time = _micros(now)
+        time = round(now * _MICRO)
         stale = None if self.seen.accepts(stamp, time) else Stale()
         # Ids are public: only with its sender does one say which frame it is, or another could take it.
         if stale is None and not self.seen.add(sender + frame_id, stamp, time):
@@ -244,7 +243,7 @@ class Prover:
         return as_bytes(bundle, "bundle")
 
     def _header(self, proof: int, recipient: bytes, now: float) -> bytes:
-        return _HEADER.pack(_VERSION, proof, self.identity.public_key, recipient, os.urandom(16), _micros(now))
+        return _HEADER.pack(_VERSION, proof, self.identity.public_key, recipient, os.urandom(16), round(now * _MICRO))
 
     def _peer(self, node_id: str, key: bytes, context: str) -> _Peer:
         return _Peer(node_id, key, self.identity.shared_with(node_id, context))
@@ -256,12 +255,9 @@ class Prover:
             raise UnknownSender from error
         if trusted is True:
             return
-        # Such as a coroutine, which counts as true and says nothing.
-        raise UnknownSender from None if trusted is False else TypeError(f"trust returned no bool, but {trusted!r:.80}")
-
-
-def _micros(seconds: float) -> int:
-    return round(seconds * _MICRO)
+        # What is no bool may count as true and say nothing, as a coroutine does.
+        cause = None if trusted is False else TypeError(f"trust must return a bool, not {type(trusted).__name__}")
+        raise UnknownSender from cause
 
 
 def _predicate(trust: Trust) -> Callable[[str], bool]:
@@ -271,9 +267,10 @@ def _predicate(trust: Trust) -> Callable[[str], bool]:
         raise TypeError("trust must answer at once: an async function cannot")
     if callable(trust):
         return trust
-    for node_id in trust:
+    node_ids = frozenset(trust)
+    for node_id in node_ids:
         public_key_of(node_id)
-    return frozenset(trust).__contains__
+    return node_ids.__contains__
 
 
 def _keep(peers: OrderedDict[K, _Peer], name: K, peer: _Peer) -> None:

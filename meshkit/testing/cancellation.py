@@ -50,6 +50,8 @@ class CancellationPoint:
 
         If it ended otherwise, its result is in `result`, or its exception is raised.
         """
+        if not hasattr(coro, "send"):
+            raise TypeError(f"cancel() drives a coroutine, as in point.cancel(verb()), not {coro!r}")
         if self.used:
             coro.close()
             raise RuntimeError("a CancellationPoint cancels one coroutine; take the next point for the next one")

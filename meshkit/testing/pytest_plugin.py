@@ -22,8 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def virtual_time() -> Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any]:
+def virtual_time(request: pytest.FixtureRequest) -> Callable[[Callable[[], Coroutine[Any, Any, Any]]], Any]:
     """Run this test on virtual time; the value is `meshkit.testing.run`."""
+    marked = request.node.get_closest_marker
+    hook = request.config.pluginmanager.hook.pytest_asyncio_loop_factories
+    if marked("asyncio") and not marked("real_time") and hook.spec is None:  # nobody would ask for our loop
+        pytest.fail("virtual_time needs pytest-asyncio 1.5 or later, or else this test would run in real time", False)
     from meshkit.testing.virtual_time import run  # a plugin must cost nothing where it is not used
 
     return run

@@ -11,7 +11,7 @@ time. `run` runs a coroutine function on a fresh loop and fails if it leaves any
 >>> run(main)
 3600.0
 
-What cannot happen in virtual time is refused with an error: threads and sockets. A wait that nothing will
+What cannot happen in virtual time is refused with an error: threads, sockets, processes. A wait that nothing will
 ever end is a `Deadlock`, raised at once, with the place where every task waits.
 """
 
@@ -49,10 +49,9 @@ class _Clock:
         self._passes = 0
 
     def select(self, timeout: float | None) -> list[Any]:
-        if timeout is None:
-            raise Deadlock("nothing is ready and no timer is set; " + self._loop.where_tasks_wait())
-        if timeout > 0:
+        if timeout != 0:
             self._passes = 0
+            self._loop.refuse_threads()
             self._loop.jump_to_next_timer()
             return []
         self._passes += 1
@@ -60,6 +59,21 @@ class _Clock:
             self._passes = 0
             raise Livelock(f"{self.MAX_PASSES} passes at one instant; " + self._loop.where_tasks_wait())
         return []
+
+
+def _refuse(what: str, more: str = "") -> NoReturn:
+    raise RuntimeError(
+        f"{what} takes real time, which a VirtualTimeLoop cannot wait for; "
+        f"fake it in this test, or run this test on an ordinary event loop{more}"
+    )
+
+
+def _refusing(what: str) -> Callable[..., NoReturn]:
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        """Refuse: it takes real time."""
+        _refuse(what)
+
+    return refuse
 
 
 class VirtualTimeLoop(asyncio.BaseEventLoop):
@@ -80,6 +94,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         super().__init__()
         self._now = 0.0
         self._wall_start = wall_start
+        self._called_by_thread = False
         self._clock_resolution = 1e-9
         self._selector = _Clock(self)
 
@@ -93,9 +108,18 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
 
     def jump_to_next_timer(self) -> None:
         """Move the clock to the earliest timer."""
-        self._now = max(self._now, self._scheduled[0].when())
+        when = self._scheduled[0].when() if self._scheduled else math.inf  # where anyio.sleep_forever() ends
+        if when == math.inf:
+            raise Deadlock("nothing is ready and no timer is set; " + self.where_tasks_wait())
+        self._now = max(self._now, when)
         # Late in virtual time a nanosecond is less than the float can hold, and no timer would ever be due.
         self._clock_resolution = max(1e-9, 2 * math.ulp(self._now))
+
+    def refuse_threads(self) -> None:
+        """Refuse to go on if anyio has started a worker thread: it does so by itself, unseen by the loop."""
+        if self._called_by_thread or any(getattr(thread, "loop", None) is self for thread in threading.enumerate()):
+            self._called_by_thread = False  # what waited for the thread is cancelled now, and may wait for other things
+            _refuse("a thread", "; " + self.where_tasks_wait())
 
     def live_timers(self) -> list[asyncio.TimerHandle]:
         """Return the timers that are set and not cancelled."""
@@ -112,7 +136,8 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     ) -> asyncio.Handle:
         """Schedule `callback`; only the loop's own thread may, since other threads live in real time."""
         if self._thread_id not in {None, threading.get_ident()}:
-            self._refuse("a call from another thread")
+            self._called_by_thread = True
+            _refuse("a call from another thread")
         return self.call_soon(callback, *args, context=context)
 
     def _process_events(self, event_list: list[Any]) -> None:
@@ -121,41 +146,17 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     def _write_to_self(self) -> None:
         """There is no sleep to wake up from."""
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise RuntimeError(
-            f"{what} takes real time, which a VirtualTimeLoop cannot wait for; "
-            "fake it in this test, or run this test on an ordinary event loop"
-        )
-
     if not TYPE_CHECKING:  # typeshed knows these by their full signatures, which do not matter to a refusal
-
-        def run_in_executor(self, *_: Any, **__: Any) -> NoReturn:
-            """Refuse: threads take real time."""
-            self._refuse("a thread")
-
-        def add_reader(self, *_: Any, **__: Any) -> NoReturn:
-            """Refuse: sockets take real time."""
-            self._refuse("a socket")
-
-        def add_writer(self, *_: Any, **__: Any) -> NoReturn:
-            """Refuse: sockets take real time."""
-            self._refuse("a socket")
-
-        async def create_connection(self, *_: Any, **__: Any) -> NoReturn:
-            """Refuse: sockets take real time."""
-            self._refuse("a connection")
-
-        async def create_server(self, *_: Any, **__: Any) -> NoReturn:
-            """Refuse: sockets take real time."""
-            self._refuse("a server")
-
-        async def subprocess_exec(self, *_: Any, **__: Any) -> NoReturn:
-            """Refuse: processes take real time."""
-            self._refuse("a process")
-
-        async def subprocess_shell(self, *_: Any, **__: Any) -> NoReturn:
-            """Refuse: processes take real time."""
-            self._refuse("a process")
+        run_in_executor = _refusing("a thread")
+        add_reader = add_writer = _refusing("a socket")
+        sock_accept = sock_connect = sock_recv = sock_recv_into = sock_sendall = sock_sendfile = _refusing("a socket")
+        sock_recvfrom = sock_recvfrom_into = sock_sendto = _refusing("a socket")
+        create_connection = create_unix_connection = create_datagram_endpoint = _refusing("a connection")
+        connect_accepted_socket = start_tls = sendfile = _refusing("a connection")
+        create_server = create_unix_server = _refusing("a server")
+        connect_read_pipe = connect_write_pipe = _refusing("a pipe")
+        subprocess_exec = subprocess_shell = _refusing("a process")
+        add_signal_handler = _refusing("a signal")
 
 
 def _where(task: "asyncio.Task[Any]") -> str:

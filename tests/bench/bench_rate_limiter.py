@@ -102,6 +102,17 @@ def pause_of_a_spray(n: int) -> float:
     return slowest(lambda i: limiter.allow(KEYS[i]), n)
 
 
+def time_of_a_spray(n: int) -> float:
+    """Return the microseconds of a new key that finds no room among n others."""
+    limiter = RateLimiter(10, 3600.0, max_keys=n)
+    for key in KEYS[:n]:
+        limiter.allow(key)
+    start = time.thread_time()
+    for number in range(n):
+        limiter.allow(number)
+    return (time.thread_time() - start) / n * 1e6
+
+
 class Counting(VirtualTimeLoop):
     calls = 0
     most_timers = 0
@@ -162,6 +173,7 @@ def measures() -> list[Measure]:
         Fact("slowest allow of 100,000 new keys", pause_of_new_keys, 100_000, "ms", goal=10),
         Fact("slowest allow of 500,000 by 100,000 keys", pause_of_keys_in_use, 100_000, "ms", goal=10, rounds=3),
         Fact("slowest allow where 9 of 10 keys find no room", pause_of_a_spray, 100_000, "ms", goal=10, rounds=3),
+        Fact("allow of a new key that finds no room", time_of_a_spray, 10_000, "us"),
         Fact("one of 10,000 waiters, with its task", time_per_waiter, 10_000, "us"),
         Fact("calls by the loop per waiter", lambda n: waiters(n).calls / n, 10_000, "", goal=1.1, rounds=1),
         Fact("timers at once for 10,000 waiters", lambda n: waiters(n).most_timers, 10_000, "", goal=1, rounds=1),

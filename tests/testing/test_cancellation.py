@@ -360,6 +360,16 @@ def test_a_point_cancels_one_coroutine_only_and_closes_the_other() -> None:
     gc.collect()  # a coroutine that was never awaited would warn now
 
 
+def test_what_is_not_a_coroutine_is_refused_by_saying_what_to_write() -> None:
+    async def verb() -> None: ...
+
+    async def main() -> None:
+        with pytest.raises(TypeError, match=r"as in point\.cancel\(verb\(\)\), not <function"):
+            await CancellationPoint(0, "waiting").cancel(verb)  # type: ignore[arg-type]  # that is the mistake
+
+    run(main)
+
+
 def test_a_scenario_that_never_cancels_tests_nothing_and_is_told_so() -> None:
     points = cancellation_points()
     next(points)

@@ -1,4 +1,7 @@
 import asyncio
+import math
+import pathlib
+import signal
 import subprocess
 import sys
 import threading
@@ -159,6 +162,12 @@ REFUSED: list[Callable[[Any], Any]] = [
     lambda loop: loop.subprocess_exec(asyncio.SubprocessProtocol, "true"),
     lambda loop: loop.subprocess_shell(asyncio.SubprocessProtocol, "true"),
     lambda loop: asyncio.to_thread(print),
+    lambda loop: loop.create_datagram_endpoint(asyncio.DatagramProtocol, local_addr=("localhost", 0)),
+    lambda loop: asyncio.open_unix_connection("/nowhere"),
+    lambda loop: loop.sock_recv(None, 1),
+    lambda loop: loop.connect_read_pipe(asyncio.Protocol, sys.stdin),
+    lambda loop: loop.add_signal_handler(signal.SIGTERM, print),
+    lambda loop: anyio.run_process(["true"]),
 ]
 
 
@@ -187,7 +196,60 @@ async def test_a_call_from_another_thread_is_refused_and_one_from_its_own_is_not
     await fired.wait()
 
 
+def test_a_worker_thread_of_anyio_is_refused_instead_of_passed_over_by_the_clock() -> None:
+    release = threading.Event()
+
+    async def main() -> None:
+        with anyio.move_on_after(3600):
+            await anyio.to_thread.run_sync(release.wait)
+
+    try:
+        with pytest.raises(RuntimeError, match=r"a thread takes real time(.|\n)*run_sync"):
+            run(main)
+    finally:
+        release.set()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_thread_of_anyio_that_is_done_before_the_loop_looks_is_refused_as_well() -> None:
+    threads: list[threading.Thread] = []
+
+    async def main() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(anyio.to_thread.run_sync, lambda: threads.append(threading.current_thread()))
+            while not threads:
+                await asyncio.sleep(0)
+            threads[0].join()  # it called the loop, was refused, and ended
+            await asyncio.sleep(1)
+
+    with pytest.raises(RuntimeError, match="a thread takes real time"):
+        run(main)
+
+
+@pytest.mark.parametrize("forever", [anyio.sleep_forever, lambda: asyncio.sleep(math.inf)])
+def test_sleeping_forever_is_a_deadlock_when_nothing_else_can_happen(forever: Callable[[], Any]) -> None:
+    async def main() -> None:
+        async with anyio.create_task_group() as group:
+            group.start_soon(forever, name="sleeps forever")
+            await asyncio.sleep(5)
+
+    with pytest.raises(Deadlock, match="sleeps forever"):
+        run(main)
+
+
 def test_the_pytest_plugin_costs_nothing_to_import() -> None:
     code = "import sys, meshkit.testing.pytest_plugin; print([m for m in sys.modules if m.startswith('meshkit.')])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "virtual_time" not in out
+
+
+def test_without_a_pytest_asyncio_that_asks_for_a_loop_the_fixture_fails_instead_of_waiting(
+    tmp_path: pathlib.Path,
+) -> None:
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n@pytest.mark.asyncio\nasync def test_it(virtual_time): ...\ndef test_plain(virtual_time): ...\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:asyncio", "-p", "no:cacheprovider", "--rootdir", ".", "-q"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "virtual_time needs pytest-asyncio 1.5 or later" in done.stdout
+    assert "1 passed" in done.stdout
