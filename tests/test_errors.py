@@ -29,6 +29,7 @@ from meshkit.errors import (
     MeshkitError,
     NoHandler,
     NoQuorum,
+    NotAccepted,
     OutcomeUnknown,
     Overloaded,
     PeerLost,
@@ -72,6 +73,10 @@ SAYS: list[tuple[MeshkitError, str]] = [
     (NoHandler(kind="stash:store", node="bob"), "node 'bob' has no handler for 'stash:store'"),
     (Overloaded(name="mailbox", limit=64), "mailbox: full, it holds 64 already"),
     (Draining(node="bob"), "node 'bob' is draining; ask another one"),
+    (
+        NotAccepted(kind="stash:store", node="bob", reason="filtered (filter)"),
+        "node 'bob' did not take this 'stash:store': filtered (filter)",
+    ),
     (NoQuorum(name="restarts", votes=2, threshold=3), "restarts: no quorum, 2 of 3 votes are in"),
     (
         NoQuorum(name="restarts", votes=4, threshold=3, reason="no value has a majority"),
@@ -115,7 +120,7 @@ KINDS: dict[type[MeshkitError], tuple[str, str]] = {
     Refused: (
         "no",
         """RateLimited CircuitOpen BulkheadFull BatchFull TooManyKeys Unreachable NoHandler Overloaded Draining
-        NoQuorum UnknownVoter""",
+        NotAccepted NoQuorum UnknownVoter""",
     ),
     OutcomeUnknown: ("maybe", "CallTimeout PeerLost"),
     RemoteError: ("yes", ""),

@@ -19,7 +19,7 @@ from meshkit.runtime.behavior import Request
 from meshkit.runtime.message import Message
 from meshkit.runtime.wire import Ask, Cancel, Failure, Reply, Wire, encode_payload, to_error
 
-__all__ = ["Calls", "Replies", "TooFewReplies"]
+__all__ = ["Calls", "Replies", "TooFewReplies", "first_that_takes_it", "gather"]
 
 P = TypeVar("P")
 R = TypeVar("R")

@@ -163,7 +163,7 @@ class Dispatcher:
         caller, call_id = message.sender, message.id
         delivery = self.serving.get((caller, call_id))
         if delivery is None:
-            answer = self._answers.get(caller, call_id, self._loop.time())
+            answer = self._answers.get(caller, call_id, _time.now())
             if answer is not None:
                 self._answer(caller, answer)
             return answer is not None
@@ -177,7 +177,7 @@ class Dispatcher:
 
     def knows(self, caller: str, call_id: str) -> bool:
         """Return whether a request is being handled, or was answered."""
-        answered = self._answers.get(caller, call_id, self._loop.time())
+        answered = self._answers.get(caller, call_id, _time.now())
         return answered is not None or (caller, call_id) in self.serving
 
     def cancel(self, caller: str, call_id: str) -> None:
@@ -255,7 +255,7 @@ class Dispatcher:
         del self.serving[message.sender, message.id]
         if answer is not None:
             if isinstance(answer, Reply) or (answer.why == "failed" and not answer.retryable):
-                self._answers.keep(message.sender, answer, self._loop.time())
+                self._answers.keep(message.sender, answer, _time.now())
             if delivery.caller_waits:
                 self._answer(message.sender, answer)
         elif delivery.again is not None:
@@ -283,7 +283,7 @@ class Dispatcher:
         if policy is not None and delivery.attempts <= policy.max_retries and not mailbox.closed:
             backoff = Backoff(base_delay=policy.base_delay, max_delay=policy.max_delay, jitter=policy.jitter)
             delay = backoff.delay(delivery.attempts, random.random)
-            if self._loop.time() + delay < message.deadline and delivery.caller_waits:
+            if _time.now() + delay < message.deadline and delivery.caller_waits:
                 self._journal.retried += 1
                 self._journal.note(message.id, f"{delivery.handler.name} raised {error!r}: again in {delay:.3g} s")
                 delivery.attempts += 1

@@ -21,7 +21,7 @@ import anyio
 
 from meshkit.errors import Closed, Overloaded
 
-__all__ = ["Mailbox"]
+__all__ = ["Item", "Mailbox"]
 
 
 class Item(Protocol):

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Route"]
 
-MAX_SEEN = 100_000
+_MAX_SEEN = 100_000
 """Messages of one kind that are remembered, so as not to be handled twice. Beyond, the oldest is forgotten."""
-MAX_SENDERS = 10_000
+_MAX_SENDERS = 10_000
 """Senders of one kind whose rate is limited at a time. Beyond, new ones are refused."""
 
 
@@ -63,12 +63,12 @@ class Route:
         if isinstance(behavior, Request):
             steps.append(("dedupe", lambda message: Drop("duplicate") if repeated(message) else Continue(message)))
         elif behavior.content_key is not None or not isinstance(behavior, Local | Ephemeral):
-            self._seen = DedupCache(ttl=behavior.remember, max_keys=MAX_SEEN, name=f"{behavior.kind!r} on {node!r}")
+            self._seen = DedupCache(ttl=behavior.remember, max_keys=_MAX_SEEN, name=f"{behavior.kind!r} on {node!r}")
             steps.append(("dedupe", self._dedupe))
         if behavior.rate_limit is not None:
             max_count, window = behavior.rate_limit
             name = f"{behavior.kind!r} on node {node!r}"
-            self._limiter = RateLimiter(max_count=max_count, window=window, max_keys=MAX_SENDERS, name=name)
+            self._limiter = RateLimiter(max_count=max_count, window=window, max_keys=_MAX_SENDERS, name=name)
             steps.append(("rate_limit", self._rate_limit))
         if behavior.filter is not None:
             accepts = behavior.filter

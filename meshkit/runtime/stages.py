@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 from meshkit.runtime.message import Message, check_name
 
-__all__ = ["EMIT", "RECEIVE", "Continue", "Drop", "Fail", "Outcome", "Pipeline", "Stage"]
+__all__ = ["EMIT", "RECEIVE", "Continue", "Drop", "Fail", "Outcome", "Pipeline", "Stage", "Step"]
 
 EMIT = ("id", "content_key", "prove", "transport", "notify")
 """The stages of a message on its way out. Frames, with many messages in them, are what is proved and transported."""

@@ -6,9 +6,9 @@
 ...     hub = MemoryHub()
 ...     async with Runtime("alice", transport=MemoryTransport(hub)) as alice:
 ...         async with Runtime("bob", transport=MemoryTransport(hub)):
-...             return alice.peers
+...             return [*alice.peers]
 >>> asyncio.run(main())
-('bob',)
+['bob']
 """
 
 import asyncio
