@@ -39,7 +39,7 @@ class Replies(Generic[R]):
 class TooFewReplies(NoQuorum):
     """Too few of the nodes that were asked have replied; `partial` has the replies that came, and the errors."""
 
-    partial: Replies[Any] = field(default_factory=lambda: Replies[Any]({}, {}))
+    partial: Replies[Any] = field(default_factory=lambda: Replies({}, {}))
 
     def _sentence(self) -> str:
         why = "; ".join(f"{node}: {error}" for node, error in self.partial.errors.items())
@@ -142,7 +142,7 @@ async def gather(nodes: Sequence[str], call: Callable[[str], Any], *, quorum: in
     async with anyio.create_task_group() as group:
         for node in nodes:
             group.start_soon(ask, node, group.cancel_scope, name=f"{name}:{node}")
-    partial = Replies[Any](replies, errors)
+    partial: Replies[Any] = Replies(replies, errors)
     if quorum is not None and len(replies) < quorum:
         raise TooFewReplies(name=name, votes=len(replies), threshold=quorum, partial=partial)
     return partial
