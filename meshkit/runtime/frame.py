@@ -150,7 +150,7 @@ class Prover:
         max_remembered: int = 250_000,
     ) -> None:
         self.identity = identity
-        self._trusts: Callable[[str], object] = _predicate(trust)
+        self._trust: Callable[[str], object] = _predicate(trust)
         self._max_frame = _check.count("max_frame", max_frame, minimum=_OVERHEAD + 1)
         self.max_bundle = max_frame - _OVERHEAD
         self.seen = ReplayWindow(
@@ -163,6 +163,14 @@ class Prover:
 
     def __repr__(self) -> str:
         return f"Prover({self.identity.node_id!r}, remembered={self.seen.count})"
+
+    def trusts(self, node_id: str) -> bool:
+        """Return whether frames of this node are taken; a predicate that raises does not trust."""
+        try:
+            self._require_trusted(node_id)
+        except UnknownSender:
+            return False
+        return True
 
     def seal(self, recipient: str, bundle: BytesLike, now: float) -> bytes:
         """Return the frame that takes `bundle` to one node, which alone can read it.
@@ -250,7 +258,7 @@ class Prover:
 
     def _require_trusted(self, node_id: str) -> None:
         try:
-            trusted = self._trusts(node_id)
+            trusted = self._trust(node_id)
         except Exception as error:
             raise UnknownSender from error
         if trusted is True:

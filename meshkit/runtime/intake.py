@@ -201,6 +201,10 @@ class Intake:
         if beat.greets:
             self.on_greeting(sender)
 
+    def found(self, node: str) -> None:
+        """Tell a node that has just been connected that this one is up."""
+        self.on_greeting(node)
+
     def lost(self, node: str, reason: str = "the connection is gone") -> None:
         """Fail the calls that wait for a node that has gone, and give up the work that it waits for."""
         if self._presence.forget(node):

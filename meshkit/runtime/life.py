@@ -44,6 +44,7 @@ class Life:
         self._graph = graph
         self._runtime = runtime
         self._transport = transport
+        self._prover = prover
         self._log = runtime.log("runtime")
         self._grace_until = 0.0  # there is none but for a stop that was asked for
         self._on_failure = on_failure
@@ -69,7 +70,7 @@ class Life:
         failed: BaseException | None = None
         try:
             self._init()
-            await self._transport.start(self.node, self.router.intake)
+            await self._transport.start(self.node, self.router.intake, self._prover)
             self._joined = True
             for service in self._graph.services:
                 await self._start(service)

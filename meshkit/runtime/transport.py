@@ -4,15 +4,20 @@ from collections.abc import Collection
 from typing import Protocol
 
 from meshkit.errors import Unreachable
+from meshkit.runtime.frame import Prover
 
 __all__ = ["Alone", "Receiver", "Transport"]
 
 
 class Receiver(Protocol):
-    """The runtime, as its transport sees it. Both methods return at once, and never raise."""
+    """The runtime, as its transport sees it. The methods return at once, and never raise."""
 
     def received(self, sender: str, frame: bytes) -> None:
         """Take `frame`, which `sender` sent. If it is proved, the proof says who did, and not the transport."""
+        ...
+
+    def found(self, node: str) -> None:
+        """Take note that `node` can be reached now. Only a transport that connects after its start tells."""
         ...
 
     def lost(self, node: str) -> None:
@@ -36,8 +41,12 @@ class Transport(Protocol):
         """Whether strangers may reach it, so that the runtime must be told whom to trust."""
         ...
 
-    async def start(self, node: str, receiver: Receiver) -> None:
-        """Join the mesh as `node`, and hand what arrives to `receiver`. If this raises, nothing is left behind."""
+    async def start(self, node: str, receiver: Receiver, prover: Prover | None) -> None:
+        """Join the mesh as `node`, and hand what arrives to `receiver`. If this raises, nothing is left behind.
+
+        Where connections are made, `prover.identity` proves who is at this end, and `prover.trusts` says whom to let
+        in. It is None in a node without an identity, which there is only where the transport is `in_process`.
+        """
         ...
 
     @property
@@ -70,7 +79,7 @@ class Alone:
     exposed = False
     peers: Collection[str] = ()
 
-    async def start(self, node: str, receiver: Receiver) -> None:
+    async def start(self, node: str, receiver: Receiver, prover: Prover | None) -> None:
         """Do nothing: there is nothing to join."""
 
     def send(self, to: str, frame: bytes) -> None:

@@ -15,6 +15,7 @@ import asyncio
 from collections.abc import Collection
 
 from meshkit.errors import Closed, Unreachable
+from meshkit.runtime.frame import Prover
 from meshkit.runtime.transport import Receiver
 
 __all__ = ["MemoryHub", "MemoryTransport"]
@@ -123,7 +124,7 @@ class MemoryTransport:
         """The other nodes on the hub."""
         return [node for node in self._hub.nodes if node != self._node] if self._node is not None else []
 
-    async def start(self, node: str, receiver: Receiver) -> None:
+    async def start(self, node: str, receiver: Receiver, prover: Prover | None) -> None:
         """Join the hub as `node`."""
         if self._node in self._hub.nodes:
             raise RuntimeError(f"{self!r} is in use: give each runtime a MemoryTransport of its own, on the same hub")

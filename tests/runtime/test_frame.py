@@ -268,6 +268,14 @@ def test_an_empty_set_trusts_nobody() -> None:
         assert type(refused(prover(BOB, set()), frame)) is UnknownSender
 
 
+def test_one_can_ask_who_is_trusted() -> None:
+    asked = prover(BOB, {ALICE.node_id})
+    assert asked.trusts(ALICE.node_id)
+    assert not asked.trusts(EVE.node_id)
+    assert prover(BOB).trusts(EVE.node_id)
+    assert not prover(BOB, lambda _: bool(1 / 0)).trusts(ALICE.node_id)
+
+
 def test_a_set_is_copied_and_a_predicate_asked_each_time(alice: Prover) -> None:
     trusted = {ALICE.node_id}
     copied, asking = prover(BOB, trusted), prover(BOB, lambda node_id: node_id in trusted)

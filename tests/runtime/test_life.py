@@ -10,6 +10,7 @@ import pytest
 from meshkit.errors import Closed, Draining, PeerLost
 from meshkit.logger import Logger
 from meshkit.runtime import Message, Runtime, Service, ServiceFailed, handles
+from meshkit.runtime.frame import Prover
 from meshkit.runtime.transport import Alone, Receiver
 from meshkit.testing import CancellationPoint, run
 from meshkit.transports import MemoryHub, MemoryTransport
@@ -497,7 +498,7 @@ class SlowTransport(Alone):
         self.diary: list[str] = []
         self._close = close
 
-    async def start(self, node: str, receiver: Receiver) -> None:
+    async def start(self, node: str, receiver: Receiver, prover: Prover | None) -> None:
         await asyncio.sleep(1)
         self.diary.append("started")
 

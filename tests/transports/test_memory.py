@@ -18,6 +18,9 @@ class Ear:
     def received(self, sender: str, frame: bytes) -> None:
         self.heard.append((sender, frame))
 
+    def found(self, node: str) -> None:
+        raise AssertionError("on a hub all are there at once")
+
     def lost(self, node: str) -> None:
         self.gone.append(node)
 
@@ -25,7 +28,7 @@ class Ear:
 async def joined(hub: MemoryHub, *names: str) -> tuple[list[MemoryTransport], list[Ear]]:
     transports, ears = [MemoryTransport(hub) for _ in names], [Ear() for _ in names]
     for name, transport, ear in zip(names, transports, ears, strict=True):
-        await transport.start(name, ear)
+        await transport.start(name, ear, None)
     return transports, ears
 
 
@@ -76,7 +79,7 @@ async def test_a_closed_transport_sends_nothing_until_it_is_started_again() -> N
     with pytest.raises(Closed):
         alice.broadcast(b"x")
     ear = Ear()
-    await alice.start("alice", ear)
+    await alice.start("alice", ear, None)
     hub.send("zoe", "alice", b"x")
     assert ear.heard == [("zoe", b"x")]
 
@@ -94,7 +97,7 @@ async def test_a_transport_serves_one_runtime() -> None:
     with pytest.raises(
         RuntimeError, match="is in use: give each runtime a MemoryTransport of its own, on the same hub"
     ):
-        await alice.start("bob", Ear())
+        await alice.start("bob", Ear(), None)
 
 
 async def test_what_a_silent_node_says_and_is_told_vanishes() -> None:
