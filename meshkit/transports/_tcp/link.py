@@ -1,0 +1,301 @@
+"""One TCP connection to another node: bytes in, records out, and when it is given up. The transport owns it."""
+
+import asyncio
+import socket
+from collections import deque
+from typing import Protocol, cast
+
+from meshkit import _time
+from meshkit.errors import Overloaded
+from meshkit.transports._tcp.handshake import MAX_HELLO, Handshake
+from meshkit.transports._tcp.limits import TcpLimits
+from meshkit.transports._tcp.wire import Address, Kind, Refusal, Rejected, Unrecorder, read_addresses, record
+
+__all__ = ["Link", "Owner"]
+
+_PING, _PONG = record(Kind.PING), record(Kind.PONG)
+
+
+class Owner(Protocol):
+    """The transport, as its connections see it."""
+
+    limits: TcpLimits
+
+    def connected(self, link: "Link") -> None:
+        """Take note of a connection; whoever is at the other end has proved nothing yet."""
+        ...
+
+    def wanted(self, link: "Link") -> Refusal | None:
+        """Return what speaks against a connection whose other end has proved who it is."""
+        ...
+
+    def opened(self, link: "Link") -> None:
+        """Use the connection from now on."""
+        ...
+
+    def received(self, node: str, frame: bytes) -> None:
+        """Take a frame."""
+        ...
+
+    def told(self, known: list[tuple[str, Address]]) -> None:
+        """Take the addresses that another node knows."""
+        ...
+
+    def disconnected(self, link: "Link") -> None:
+        """Do without the connection from now on; its socket may have last words to send."""
+        ...
+
+    def closed(self, link: "Link") -> None:
+        """Forget the connection: its socket is closed."""
+        ...
+
+
+class Link(asyncio.Protocol):
+    """A connection. `opened`, `ended` and `reason` say how far it has come.
+
+    `settled` is set when it has opened, or ended; `gone` when it has ended.
+
+    Records are written when they are sent: what a runtime has for one node in one turn of the loop is one frame, so it
+    is one write. While the other side does not read, they wait here, up to a limit, and then leave together.
+    """
+
+    CHUNK = 256 * 1024
+    """Bytes that are written at once when the other side reads again."""
+
+    LAST_WORDS = 1.0
+    """Seconds to send why the connection ends."""
+
+    def __init__(self, owner: Owner, handshake: Handshake) -> None:
+        self.handshake = handshake
+        self.opened = self.rejected = self.ended = False
+        self.reason = ""
+        self.refusal: Refusal | None = None  # what the other side said
+        self.settled = asyncio.Event()
+        self.gone = asyncio.Event()
+        self.began = self.heard_at = self._asked_at = _time.now()
+        self.host = ""  # of the other side
+        self._owner = owner
+        self._limits = owner.limits
+        self._in = Unrecorder(MAX_HELLO)
+        self._transport: asyncio.Transport | None = None
+        self._paused = False
+        self._waiting: deque[bytes] = deque()  # while paused
+        self._waiting_bytes = 0
+        self._heard = False  # since the last look
+        self._unsent = 0  # bytes that wait in the kernel's stead, at the last look
+        self._sent_at = 0.0  # when there were fewer of them than before
+        self._answer_by: float | None = None
+        self._ended_at = 0.0
+
+    @property
+    def peer(self) -> str:
+        """The node at the other end, as soon as it has said so."""
+        return self.handshake.peer
+
+    @property
+    def address(self) -> Address | None:
+        """Where the node at the other end listens, as far as can be seen from here."""
+        if not self.handshake.listens:
+            return None
+        host, port = Address.parse(self.handshake.listens, "an address", host_needed=False)
+        return Address(host or self.host, port)
+
+    # --- what asyncio calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin."""
+        self._transport = cast("asyncio.Transport", transport)
+        self.host = (transport.get_extra_info("peername") or ("",))[0]
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._owner.connected(self)
+        if self.handshake.dialled and transport.get_extra_info("sockname") == transport.get_extra_info("peername"):
+            self.drop("nobody listens there: the connection has met itself")  # TCP can do that
+        self._write(self.handshake.begin())
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes."""
+        if self._is_over():
+            return
+        self._heard = True
+        unrecorder = self._in
+        unrecorder.feed(data)
+        try:
+            while not self._is_over() and (received := unrecorder.next()) is not None:
+                kind, body = received
+                if kind == 0 and self.opened:  # a FRAME: nearly all are
+                    self._owner.received(self.handshake.peer, body)
+                else:
+                    self._take(kind, body)
+        except Rejected as error:
+            self.reject(str(error), error.refusal)
+
+    def eof_received(self) -> None:
+        """End: there are no half-closed connections here."""
+        self.drop("it closed the connection")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End."""
+        self.drop("it closed the connection" if exc is None else f"the connection broke: {exc}")
+        self._owner.closed(self)
+
+    def pause_writing(self) -> None:
+        """Let what is sent wait here."""
+        self._paused = True
+        self._sent_at, self._unsent = _time.now(), self._buffered()
+
+    def resume_writing(self) -> None:
+        """Write what waits, as much as is taken."""
+        self._paused = False
+        while self._waiting and not self._paused:
+            chunk = []
+            size = 0
+            while self._waiting and size < self.CHUNK:
+                chunk.append(self._waiting.popleft())
+                size += len(chunk[-1])
+            self._waiting_bytes -= size
+            self._write(b"".join(chunk))  # which may pause again
+
+    # --- what the other side sends
+
+    def _take(self, kind: int, body: bytes) -> None:
+        if kind == Kind.REFUSED and len(body) == 1:
+            try:
+                self.refusal = Refusal(body[0])
+                self.drop(f"refused: {self.refusal.text}")
+            except ValueError:
+                self.drop(f"refused for a reason ({body[0]}) that this version does not know")
+        elif not self.handshake.proved:
+            self._write(self.handshake.receive(kind, body))
+            if kind == Kind.PROOF:
+                self._on_proof()
+        elif not self.opened:
+            if kind != Kind.OPEN or self.handshake.is_arbiter:
+                raise Rejected(f"it sent a record of kind {kind} before the connection was open")
+            self._open()
+        elif kind == Kind.PING:
+            if self._waiting_bytes < self._limits.max_buffer:
+                self._write(_PONG)
+        elif kind == Kind.ADDRESSES:
+            self._owner.told(read_addresses(body))
+        elif kind != Kind.PONG:
+            raise Rejected(f"it sent a record of kind {kind} on an open connection")
+
+    def _on_proof(self) -> None:
+        refusal = self._owner.wanted(self)
+        if refusal is not None:
+            self.reject(f"not wanted: {refusal.name.lower()}", refusal)
+        elif self.handshake.is_arbiter:
+            self._write(record(Kind.OPEN))
+            self._open()
+
+    def _open(self) -> None:
+        self.opened = True
+        self._in.limit = self._limits.max_frame
+        self.settled.set()
+        self._owner.opened(self)
+
+    # --- what is sent
+
+    def send(self, data: bytes) -> None:
+        """Send a record.
+
+        Raises:
+            Overloaded: Too many bytes wait.
+        """
+        if self._paused and self._waiting_bytes + len(data) > self._limits.max_buffer:
+            raise Overloaded(name=f"connection to node {self.peer!r} (bytes)", limit=self._limits.max_buffer)
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
+        if self.ended or self._transport is None or not data:
+            return
+        if self._paused:
+            self._waiting.append(data)
+            self._waiting_bytes += len(data)
+        else:
+            self._transport.write(data)
+
+    def _buffered(self) -> int:
+        return 0 if self._transport is None else self._transport.get_write_buffer_size()
+
+    # --- time
+
+    def look(self, now: float) -> None:
+        """Give the connection up if it has been silent, or stuck, for too long; ask for a sign of life before that."""
+        limits = self._limits
+        if self.ended:
+            if now - self._ended_at >= self.LAST_WORDS:
+                self.abort()
+            return
+        if self._heard:
+            self._heard, self._answer_by, self.heard_at = False, None, now
+        if not self.opened:
+            if now - self.began >= limits.handshake_timeout:
+                self.drop(f"the handshake took longer than {limits.handshake_timeout:g} s")
+            return
+        if now - self.heard_at >= limits.silence_timeout or (self._answer_by is not None and now >= self._answer_by):
+            self.drop(f"it has been silent for {now - self.heard_at:.3g} s")
+        elif self._paused:
+            buffered = self._buffered()
+            if buffered < self._unsent:  # its reading is a sign of life, too: it may be slow, and have nothing to say
+                self._sent_at = self.heard_at = now
+            self._unsent = buffered
+            if now - self._sent_at >= limits.write_timeout:
+                self.drop(f"it has read nothing for {limits.write_timeout:g} s")
+        elif now - max(self.heard_at, self._asked_at) >= limits.ping_interval:
+            self._asked_at = now
+            self._write(_PING)
+
+    def doubt(self) -> None:
+        """Ask for a sign of life soon: its peer has made another connection, so it may be gone."""
+        if self._answer_by is None:
+            self._heard = False
+            self._answer_by = _time.now() + self._limits.doubt_timeout
+            self._write(_PING)
+
+    # --- the end
+
+    def reject(self, reason: str, refusal: Refusal | None) -> None:
+        """End, and tell the other side why."""
+        self.rejected = True
+        if refusal is not None and not self.ended and self._transport is not None:
+            self._transport.write(record(Kind.REFUSED, bytes([refusal])))
+            self._end(reason)
+            self._transport.close()  # which writes it first
+        else:
+            self.drop(reason)
+
+    def drop(self, reason: str) -> None:
+        """End now."""
+        self._end(reason)
+        self.abort()
+
+    def abort(self) -> None:
+        """Close the socket, whatever is unsent."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    def finish(self) -> None:
+        """End when what is buffered has been sent."""
+        if self._transport is None:
+            return
+        data = b"".join(self._waiting)
+        if data and not self.ended:
+            self._transport.write(data)
+        self._end("this node closed the connection")
+        self._transport.close()
+
+    def _is_over(self) -> bool:
+        return self.ended
+
+    def _end(self, reason: str) -> None:
+        if not self.ended:
+            self.ended, self.reason, self._ended_at = True, reason, _time.now()
+            self._waiting.clear()
+            self._waiting_bytes = 0
+            self.settled.set()
+            self.gone.set()
+            self._owner.disconnected(self)

@@ -1,0 +1,171 @@
+"""One run of a transport over TCP, from its start to its close: who is connected to this node, and who is told what."""
+
+import asyncio
+import logging
+import math
+import ssl
+from collections.abc import Sequence
+from contextlib import suppress
+
+from meshkit import _time
+from meshkit.errors import Overloaded
+from meshkit.runtime.frame import Prover
+from meshkit.runtime.transport import Receiver
+from meshkit.transports._tcp.dial import Dialler
+from meshkit.transports._tcp.handshake import Handshake
+from meshkit.transports._tcp.limits import TcpLimits
+from meshkit.transports._tcp.link import Link
+from meshkit.transports._tcp.listen import Door, serve
+from meshkit.transports._tcp.sockets import Sockets
+from meshkit.transports._tcp.wire import Address, Kind, Refusal, addresses, record
+
+__all__ = ["Mesh"]
+
+_log = logging.getLogger("meshkit.transports.tcp")
+
+
+class Mesh:
+    """The connections of one node. `links` are those that are open, by the node at the other end."""
+
+    REFUSALS_EVERY = 10.0
+    """Seconds between two log lines about connections that came to nothing."""
+
+    def __init__(
+        self, receiver: Receiver, prover: Prover, limits: TcpLimits, client_ssl: ssl.SSLContext | None
+    ) -> None:
+        self.limits = limits
+        self.links: dict[str, Link] = {}
+        self.client_ssl = client_ssl
+        self.address = ""  # where others reach this node, if it listens
+        self.dialler = Dialler(self, prover.identity.node_id)
+        self._receiver = receiver
+        self._prover = prover
+        self._sockets = Sockets(limits)
+        self._server: asyncio.Server | None = None
+        self._closed = False
+        self._lost: dict[str, bool] = {}  # the nodes that were connected, and have not come back
+        self._refused = 0  # connections, since the last line about them
+        self._refused_at = -math.inf
+
+    async def listen(self, address: Address, advertise: Address | None, context: ssl.SSLContext | None) -> None:
+        """Take connections at this address.
+
+        Raises:
+            OSError: It cannot listen there; the message says why, and what to do.
+        """
+
+        def accept() -> Link | Door:
+            link = self._link(dialled=False)
+            return link if context is None else Door(self, link, context)
+
+        self._server = await serve(accept, address)
+        port = self._server.sockets[0].getsockname()[1]
+        self.address = str(advertise or Address("" if address.is_everywhere else address.host, port))
+
+    async def close(self) -> None:
+        """End everything. Nothing is received from the moment on at which this is called."""
+        self._closed = True
+        if self._server is not None:
+            self._server.close()  # not wait_closed(): it would wait for the connections
+        self._sockets.stop()
+        try:
+            await self.dialler.close()
+        finally:
+            await self._sockets.close()
+
+    def send_to_all(self, data: bytes) -> None:
+        """Send a record to every peer; one whose buffer is full misses it."""
+        for link in self.links.values():
+            with suppress(Overloaded):
+                link.send(data)
+
+    # --- for its parts
+
+    def outgoing(self) -> Link:
+        """Return the protocol of a connection that this node makes."""
+        return self._link(dialled=True)
+
+    def _link(self, *, dialled: bool) -> Link:
+        prover = self._prover
+        return Link(
+            self,
+            Handshake(
+                prover.identity,
+                dialled=dialled,
+                listens=self.address,
+                trusts=prover.trusts,
+                dialling=self.dialler.is_own,
+            ),
+        )
+
+    def connected(self, link: Link | Door) -> None:
+        """Take note of a connection; whoever is at the other end has proved nothing yet."""
+        if self._closed:
+            link.drop("this node is closed")
+        else:
+            self._sockets.add(link, incoming=isinstance(link, Door) or not link.handshake.dialled)
+
+    def wanted(self, link: Link) -> Refusal | None:
+        """Return what speaks against a connection whose other end has proved who it is."""
+        old = self.links.get(link.peer)
+        if old is None:
+            return Refusal.FULL if len(self.links) >= self.limits.max_peers else None
+        if not link.handshake.is_arbiter:
+            return None  # the other side will say
+        old.doubt()
+        return Refusal.DUPLICATE
+
+    def opened(self, link: Link) -> None:
+        """Use the connection from now on; tell its peer who else is here, and the others about it."""
+        node, address = link.peer, link.address
+        if node in self.links:
+            self.links[node].drop("it made another connection")
+        self._sockets.proved(link)
+        if known := [(peer, str(other.address)) for peer, other in self.links.items() if other.address]:
+            link.send(record(Kind.ADDRESSES, addresses(known)))
+        if address is not None:
+            self.send_to_all(record(Kind.ADDRESSES, addresses([(node, str(address))])))
+        self.links[node] = link
+        self.dialler.met(node, address)
+        if self._lost.pop(node, False):
+            _log.info("node %s is back", node)
+        self._receiver.found(node)
+
+    def received(self, node: str, frame: bytes) -> None:
+        """Take a frame."""
+        if not self._closed:
+            self._receiver.received(node, frame)
+
+    def told(self, known: Sequence[tuple[str, Address]]) -> None:
+        """Take the addresses that another node knows."""
+        own = self._prover.identity.node_id
+        for node, address in known[: self.limits.max_peers]:
+            if node != own and node not in self.links and self._prover.trusts(node):
+                self.dialler.know(node, address)
+
+    def disconnected(self, link: Link) -> None:
+        """Do without the connection from now on."""
+        self._sockets.proved(link)
+        if self._closed:
+            return
+        if self.links.get(link.peer) is link:
+            del self.links[link.peer]
+            if len(self._lost) < self.limits.max_peers:
+                self._lost[link.peer] = True
+            _log.warning("node %s is lost: %s", link.peer, link.reason)
+            self._receiver.lost(link.peer)
+        elif not link.opened and not link.handshake.dialled:
+            self._on_refusal(link)
+
+    def _on_refusal(self, link: Link) -> None:
+        """Log it, but not so often that strangers could fill the log."""
+        now = _time.now()
+        self._refused += 1
+        if now - self._refused_at >= self.REFUSALS_EVERY:
+            more = f", as did {self._refused - 1} others before" if self._refused > 1 else ""
+            _log.warning("a connection from %s came to nothing: %s%s", link.host, link.reason, more)
+            self._refused, self._refused_at = 0, now
+
+    def closed(self, link: Link | Door) -> None:
+        """Forget the connection: its socket is closed."""
+        self._sockets.discard(link)
