@@ -1,4 +1,4 @@
-"""What meshkit is tested with, for your own tests: virtual time and cancellation at every await."""
+"""What meshkit is tested with, for yours: virtual time, cancellation at every await, transports, bad networks."""
 
 from typing import TYPE_CHECKING
 
@@ -9,6 +9,8 @@ if TYPE_CHECKING:
         CancellationPoint as CancellationPoint,
         cancellation_points as cancellation_points,
     )
+    from meshkit.testing.chaos_proxy import ChaosProxy as ChaosProxy
+    from meshkit.testing.conformance import TransportConformance as TransportConformance
     from meshkit.testing.virtual_time import (
         Deadlock as Deadlock,
         Leak as Leak,
@@ -21,6 +23,8 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
         __name__,
         {
             "cancellation": ["CancellationPoint", "cancellation_points"],
+            "chaos_proxy": ["ChaosProxy"],
+            "conformance": ["TransportConformance"],
             "virtual_time": ["Deadlock", "Leak", "Livelock", "VirtualTimeLoop", "run"],
         },
     )
