@@ -47,7 +47,7 @@ class Chaos:
 
     def next(self, now: float) -> bytes | End | Reset | None:
         """Return what is to be done by now, and forget it."""
-        if self.when > now:
+        if not self._under_way or self.when > now:
             return None
         _, action = self._under_way.popleft()
         if isinstance(action, bytes):
