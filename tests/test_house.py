@@ -50,6 +50,8 @@ CORES = {
     "rate_limiter": {"SlidingWindow"},
     "retrier": {"Backoff"},
     "runtime.frame": {"ReplayWindow"},
+    "transports._tcp.handshake": {"Handshake"},
+    "transports._tcp.wire": {"Address", "Unrecorder"},
 }
 NOT_IN_A_CORE = {
     "asyncio",

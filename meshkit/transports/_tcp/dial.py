@@ -161,7 +161,7 @@ class Dialler:
                 await link.settled.wait()
                 trouble = link.reason
         except (OSError, ValueError) as error:  # the latter for a host name that is none
-            trouble = str(error)
+            trouble = "nobody listens there" if isinstance(error, ConnectionRefusedError) else str(error)
         finally:
             target.challenge = b""
             if not link.opened:

@@ -1,6 +1,5 @@
 """The handshake: who is at the other end of a connection. No sockets here; `wire` tells what follows what."""
 
-import os
 import struct
 from collections.abc import Callable
 
@@ -25,7 +24,7 @@ class Handshake:
         listens: The address at which this node listens, or "".
         trusts: Says whether a node may come in.
         challenge: 32 bytes that nobody could foresee.
-        dialling: The challenges of the connections that this node is making now: one that returns is its own.
+        dialling: Says whether a challenge is that of a connection which this node is making now.
     """
 
     def __init__(
@@ -35,11 +34,11 @@ class Handshake:
         dialled: bool,
         listens: str,
         trusts: Callable[[str], bool],
-        challenge: bytes | None = None,
-        dialling: Callable[[bytes], bool] = lambda challenge: False,
+        challenge: bytes,
+        dialling: Callable[[bytes], bool],
     ) -> None:
         self.dialled = dialled
-        self.challenge = os.urandom(32) if challenge is None else challenge
+        self.challenge = challenge
         self.peer = ""  # who the other side says it is
         self.listens = ""  # and where it listens
         self.proved = False
@@ -104,4 +103,4 @@ class Handshake:
     def _signed(self, *, by_dialler: bool) -> bytes:
         """Return what is signed: who says so, and what both have said. The lengths keep the two hellos apart."""
         dialler, other = (self._hello, self._theirs) if self.dialled else (self._theirs, self._hello)
-        return b"".join((_TAG, b"DA"[not by_dialler :][:1], struct.pack(">I", len(dialler)), dialler, other))
+        return b"".join((_TAG, b"D" if by_dialler else b"A", struct.pack(">I", len(dialler)), dialler, other))

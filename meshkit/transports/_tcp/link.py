@@ -114,14 +114,19 @@ class Link(asyncio.Protocol):
         if self.handshake.dialled and transport.get_extra_info("sockname") == transport.get_extra_info("peername"):
             self.drop("nobody listens there: the connection has met itself")  # TCP can do that
         self._write(self.handshake.begin())
+        self._read()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes."""
         if self._is_over():
             return
         self._heard = True
+        self._in.feed(data)
+        if self._transport is not None:  # after TLS, the first bytes may come before connection_made
+            self._read()
+
+    def _read(self) -> None:
         unrecorder = self._in
-        unrecorder.feed(data)
         try:
             while not self._is_over() and (received := unrecorder.next()) is not None:
                 kind, body = received
@@ -150,13 +155,11 @@ class Link(asyncio.Protocol):
         """Write what waits, as much as is taken."""
         self._paused = False
         while self._waiting and not self._paused:
-            chunk = []
-            size = 0
-            while self._waiting and size < self.CHUNK:
-                chunk.append(self._waiting.popleft())
-                size += len(chunk[-1])
-            self._waiting_bytes -= size
-            self._write(b"".join(chunk))  # which may pause again
+            chunk = bytearray()
+            while self._waiting and len(chunk) < self.CHUNK:
+                chunk += self._waiting.popleft()
+            self._waiting_bytes -= len(chunk)
+            self._write(bytes(chunk))  # which may pause again
 
     # --- what the other side sends
 
@@ -279,14 +282,16 @@ class Link(asyncio.Protocol):
             self._transport.abort()
 
     def finish(self) -> None:
-        """End when what is buffered has been sent."""
-        if self._transport is None:
-            return
-        data = b"".join(self._waiting)
-        if data and not self.ended:
-            self._transport.write(data)
+        """End when what is buffered has been sent, and the other side has seen that no more will come."""
+        if self._transport is None or not self.opened or self.ended:
+            return self.drop("this node is closed")
+        self._transport.write(b"".join(self._waiting))
         self._end("this node closed the connection")
-        self._transport.close()
+        if self._transport.can_write_eof():  # to close it now, with bytes unread, would take back what is unsent
+            self._transport.write_eof()
+        else:
+            self._transport.close()
+        return None
 
     def _is_over(self) -> bool:
         return self.ended

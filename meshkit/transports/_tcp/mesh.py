@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import os
 import ssl
 from collections.abc import Sequence
 from contextlib import suppress
@@ -94,6 +95,7 @@ class Mesh:
                 dialled=dialled,
                 listens=self.address,
                 trusts=prover.trusts,
+                challenge=os.urandom(32),
                 dialling=self.dialler.is_own,
             ),
         )

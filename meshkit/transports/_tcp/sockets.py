@@ -5,6 +5,7 @@ from typing import Protocol
 
 import anyio
 
+from meshkit import _time
 from meshkit.transports._tcp.limits import TcpLimits
 
 __all__ = ["Connection", "Sockets"]
@@ -72,7 +73,7 @@ class Sockets:
         limits = self._limits
         times = (limits.handshake_timeout, limits.ping_interval, limits.silence_timeout, limits.write_timeout)
         self._timer = self._loop.call_later(min(*times, limits.doubt_timeout) / 8, self._look)
-        now = self._loop.time()
+        now = _time.now()
         for connection in list(self._all):
             connection.look(now)
 
