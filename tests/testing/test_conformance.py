@@ -127,7 +127,7 @@ class OverRadio(TransportConformance[Radio]):
     authenticated = True
     max_frame = Radio.max_frame
     max_buffer = Radio.max_buffer
-    calls = 1_000
+    _calls = 1_000
     net: Net
 
     def transport(self, others: Sequence[Radio]) -> Radio:
@@ -155,7 +155,7 @@ class TestWeakRadio(OverRadio):
 
     make = Weak
     ordered = lossless = False
-    calls = 200
+    _calls = 200
     patience = 60.0
 
 

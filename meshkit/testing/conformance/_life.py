@@ -20,129 +20,129 @@ class LifeTests(Conditions[T]):
     @scenario
     async def test_the_others_are_told_once_who_has_left(self) -> None:
         guaranteed("one that notices loss", self.notices_loss)
-        async with self.nodes("alice", "bob", "carol") as [alice, bob, carol]:
+        async with self._nodes("alice", "bob", "carol") as [alice, bob, carol]:
             await bob.close()
             for node in (alice, carol):
-                await self.is_told(node, bob)
-                await self.finds(node, alice, carol)
-            await self.nothing_comes()
+                await self._is_told(node, bob)
+                await self._finds(node, alice, carol)
+            await self._nothing_comes()
             for node in (alice, carol):
                 require(node.gone == [bob.id], f"each loss is told once, and only of those who left: {node.gone}")
             require(not bob.gone, "who has closed is told nothing")
-            await self.carries(b"still here", alice, carol)
+            await self._carries(b"still here", alice, carol)
 
     @scenario
     async def test_what_is_sent_to_a_node_that_has_left_is_refused_or_lost_again(self) -> None:
         guaranteed("one that notices loss", self.notices_loss)
-        async with self.nodes("alice", "bob") as [alice, bob]:
+        async with self._nodes("alice", "bob") as [alice, bob]:
             await bob.close()
-            await self.is_told(alice, bob)
+            await self._is_told(alice, bob)
             alice.gone.clear()
-            error = await self.error_of(lambda: alice.transport.send(bob.id, b"x"))
+            error = await self._error_of(lambda: alice.transport.send(bob.id, b"x"))
             if error is None:
-                await self.until(lambda: bob.id in alice.gone, "a frame that nobody will get is told: lost()")
+                await self._until(lambda: bob.id in alice.gone, "a frame that nobody will get is told: lost()")
             else:
                 require(isinstance(error, Unreachable), f"a send to a node that left is Unreachable, not {error!r}")
 
     @scenario
     async def test_what_was_sent_before_a_close_arrives_before_the_loss(self) -> None:
         guaranteed("lossless", self.lossless)
-        async with self.nodes("alice", "bob") as [alice, bob]:
+        async with self._nodes("alice", "bob") as [alice, bob]:
             frames = [b"%d" % number for number in range(200)]
             missing = list[int]()
             bob.on_frame = lambda sender, frame: missing.append(1) if alice.id in bob.gone else None
             for frame in frames:
                 alice.send(bob, frame)
             await alice.close()
-            await self.arrives(frames, alice, bob)
+            await self._arrives(frames, alice, bob)
             require(not missing, "what a node sends before it closes arrives before the others are told of its loss")
 
     @scenario
     async def test_a_closed_transport_sends_nothing_and_receives_nothing(self) -> None:
-        async with self.nodes("alice", "bob") as [alice, bob]:
+        async with self._nodes("alice", "bob") as [alice, bob]:
             for number in range(100):
                 alice.send(bob, b"%d" % number)
                 alice.broadcast(b"%d" % number)
             await bob.close()
             for verb in (lambda: bob.transport.send(alice.id, b"x"), lambda: bob.transport.broadcast(b"x")):
-                error = await self.error_of(verb)
+                error = await self._error_of(verb)
                 require(isinstance(error, Closed), f"what a closed transport is given to send is Closed, not {error!r}")
             require(not list(bob.transport.peers), "a closed transport has no peers")
             with contextlib.suppress(Unreachable, Overloaded):
                 alice.send(bob, b"x")
-            await self.nothing_comes()
+            await self._nothing_comes()
             await bob.close()  # closing twice is harmless
             require(not alice.heard, "a closed transport sends nothing")
 
     @scenario
     async def test_a_transport_that_was_never_started_can_be_closed(self) -> None:
-        async with self.nodes("alice") as [alice]:
-            node = self.node("bob", alice)
+        async with self._nodes("alice") as [alice]:
+            node = self._node("bob", alice)
             await node.close()
-            await self.finds(alice, alice)
+            await self._finds(alice, alice)
 
     @at_every_await
     async def test_a_cancelled_close_closes(self, point: CancellationPoint) -> None:
-        async with self.nodes("alice", "bob") as [alice, bob]:
+        async with self._nodes("alice", "bob") as [alice, bob]:
             for number in range(10):
                 bob.send(alice, b"%d" % number)
             await point.cancel(bob.transport.close())
             await bob.close()
             require(not list(bob.transport.peers), "a closed transport has no peers")
             if self.notices_loss:
-                await self.is_told(alice, bob)
-            await self.finds(alice, alice)
+                await self._is_told(alice, bob)
+            await self._finds(alice, alice)
 
     # --- start
 
     @scenario
     async def test_a_transport_is_started_once_at_a_time(self) -> None:
-        async with self.nodes("alice", "bob") as [alice, bob]:
+        async with self._nodes("alice", "bob") as [alice, bob]:
             error = None
             try:
                 await alice.start()
             except Exception as raised:  # noqa: BLE001 - it is looked at below
                 error = raised
             require(isinstance(error, RuntimeError), f"to start what is started is a RuntimeError, not {error!r}")
-            await self.carries(b"x", alice, bob)
-            await self.carries(b"x", bob, alice)
+            await self._carries(b"x", alice, bob)
+            await self._carries(b"x", bob, alice)
 
     @scenario
     async def test_a_node_that_comes_back_is_found_again(self) -> None:
-        async with self.nodes("alice", "bob", "carol") as [alice, bob, carol]:
+        async with self._nodes("alice", "bob", "carol") as [alice, bob, carol]:
             for _ in range(2):
                 await bob.close()
-                await self.finds(alice, alice, carol)
+                await self._finds(alice, alice, carol)
                 await bob.start()
                 for node in (alice, bob, carol):
-                    await self.finds(node, alice, bob, carol)
+                    await self._finds(node, alice, bob, carol)
                     node.heard.clear()
-                await self.carries(b"welcome back", alice, bob)
-                await self.carries(b"here I am", bob, carol)
+                await self._carries(b"welcome back", alice, bob)
+                await self._carries(b"here I am", bob, carol)
 
     def test_a_transport_can_be_used_in_one_loop_after_the_other(self) -> None:
         node: list[Node[T]] = []
 
         async def live() -> None:
-            node[:] = node or [self.node("alice")]
+            node[:] = node or [self._node("alice")]
             await node[0].start()
             await node[0].close()
 
-        self.run(live)
-        self.run(live)
+        self._run(live)
+        self._run(live)
 
     @at_every_await
     async def test_a_cancelled_start_leaves_nothing_behind(self, point: CancellationPoint) -> None:
-        async with self.nodes("alice") as [alice]:
-            bob = self.node("bob", alice)
+        async with self._nodes("alice") as [alice]:
+            bob = self._node("bob", alice)
             try:
                 cancelled = await point.cancel(bob.start())
                 if cancelled:
                     require(not list(bob.transport.peers), "a start that was cancelled leaves no peers")
-                    await self.finds(alice, alice)
+                    await self._finds(alice, alice)
                     await bob.start()
-                await self.finds(alice, alice, bob)
-                await self.carries(b"x", alice, bob)
+                await self._finds(alice, alice, bob)
+                await self._carries(b"x", alice, bob)
             finally:
                 await bob.close()
             bob.check()
@@ -152,18 +152,18 @@ class LifeTests(Conditions[T]):
     @scenario
     async def test_a_node_that_is_not_trusted_is_not_let_in(self) -> None:
         guaranteed("authenticated", self.authenticated)
-        async with self.nodes("alice", "bob") as [alice, bob]:
-            mallory = self.node("mallory", alice)
+        async with self._nodes("alice", "bob") as [alice, bob]:
+            mallory = self._node("mallory", alice)
             await self._tries_to_get_in(mallory, alice, bob)
 
     @scenario
     async def test_a_node_gets_in_under_its_own_name_only(self) -> None:
         guaranteed("authenticated", self.authenticated)
-        async with self.nodes("alice", "bob") as [alice, bob]:
+        async with self._nodes("alice", "bob") as [alice, bob]:
             await bob.close()
-            await self.finds(alice, alice)
+            await self._finds(alice, alice)
             alice.gone.clear()
-            mallory = self.node("mallory", alice)
+            mallory = self._node("mallory", alice)
             mallory.id = bob.id
             await self._tries_to_get_in(mallory, alice)
 
@@ -189,7 +189,7 @@ class LifeTests(Conditions[T]):
 
     @scenario
     async def test_garbage_from_strangers_ends_their_connections_and_nothing_else(self) -> None:
-        async with self.nodes("alice", "bob") as [alice, bob]:
+        async with self._nodes("alice", "bob") as [alice, bob]:
             address = self.address(alice.transport)
             guaranteed("reachable by strangers (address)", address)
             noise = random.Random(1).randbytes
@@ -204,18 +204,18 @@ class LifeTests(Conditions[T]):
                 b"\x7f\xff\xff\xff",
             ):
                 await self._is_hung_up(address or ("", 0), garbage)
-                await self.carries(garbage[:10], bob, alice)
+                await self._carries(garbage[:10], bob, alice)
             require({sender for sender, _ in alice.heard} == {bob.id}, "nothing that strangers send is handed over")
             require(not alice.gone, "nobody is lost because of strangers")
 
     @scenario
     async def test_strangers_that_say_nothing_are_hung_up_and_keep_nobody_waiting(self) -> None:
-        async with self.nodes("alice", "bob") as [alice, bob]:
+        async with self._nodes("alice", "bob") as [alice, bob]:
             address = self.address(alice.transport)
             guaranteed("reachable by strangers (address)", address)
             strangers = [asyncio.create_task(self._is_hung_up(address or ("", 0), b"")) for _ in range(50)]
             for number in range(20):
-                await self.carries(b"%d" % number, bob, alice)
+                await self._carries(b"%d" % number, bob, alice)
             await asyncio.wait(strangers)
             for stranger in strangers:
                 stranger.result()
@@ -231,7 +231,7 @@ class LifeTests(Conditions[T]):
                 await writer.drain()
             try:
                 what = f"who sends {garbage[:12]!r}" if garbage else "who says nothing"
-                await self.until(over.done, f"{what}, and is a stranger, is hung up")
+                await self._until(over.done, f"{what}, and is a stranger, is hung up")
             finally:
                 over.cancel()
                 await asyncio.wait([over])

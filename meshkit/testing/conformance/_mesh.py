@@ -150,14 +150,14 @@ class Conditions(Generic[T]):
         """Return the host and the TCP port at which strangers can reach a started transport; None: they cannot."""
         return None
 
-    def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def _run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `main()` on an event loop of its own; fail if it leaves anything behind."""
         if self.real_time:
             asyncio.run(leaving_nothing(main))
         else:
             run(main)
 
-    async def until(self, happened: Callable[[], object], promise: str | Callable[[], str]) -> None:
+    async def _until(self, happened: Callable[[], object], promise: str | Callable[[], str]) -> None:
         """Wait until this has happened; fail if it does not, within `patience`."""
         deadline = _time.now() + self.patience
         while not happened():
@@ -166,30 +166,30 @@ class Conditions(Generic[T]):
                 require(False, f"{text} (within {self.patience:g} s)")
             await asyncio.sleep(0.005)  # there is no event to wait for: peers, for one, come and go unannounced
 
-    async def nothing_comes(self) -> None:
+    async def _nothing_comes(self) -> None:
         """Wait for what must not come, for as long as it may take."""
         await asyncio.sleep(self.settle)
 
     @asynccontextmanager
-    async def nodes(self, *names: str) -> AsyncGenerator[list[Node[T]]]:
+    async def _nodes(self, *names: str) -> AsyncGenerator[list[Node[T]]]:
         """Run a mesh of bare transports."""
         nodes: list[Node[T]] = []
         async with AsyncExitStack() as stack:
             for name in names:
-                nodes.append(node := self.node(name, *nodes))
+                nodes.append(node := self._node(name, *nodes))
                 stack.push_async_callback(node.close)
                 await node.start()
             for node in nodes:
-                await self.finds(node, *nodes)
+                await self._finds(node, *nodes)
             yield nodes
         for node in nodes:
             node.check()
 
-    def node(self, name: str, *others: Node[T]) -> Node[T]:
+    def _node(self, name: str, *others: Node[T]) -> Node[T]:
         """Return one more node of a mesh, not started."""
         return Node(name, self.transport([other.transport for other in others]), self.patience)
 
-    async def finds(self, node: Node[T], *others: Node[T]) -> None:
+    async def _finds(self, node: Node[T], *others: Node[T]) -> None:
         """Wait until these are the peers of `node`."""
         ids = {other.id for other in others} - {node.id}
 
@@ -199,9 +199,9 @@ class Conditions(Generic[T]):
             names = [known[other] for other in ids]
             return f"the peers of node {node} are the others, {sorted(names)}, not {sorted(has)}"
 
-        await self.until(lambda: set(node.transport.peers) == ids, promise)
+        await self._until(lambda: set(node.transport.peers) == ids, promise)
 
-    async def send(self, frame: bytes, sender: Node[T], to: Node[T]) -> None:
+    async def _send(self, frame: bytes, sender: Node[T], to: Node[T]) -> None:
         """Send; wait while the buffer is full."""
 
         def sent() -> bool:
@@ -211,9 +211,9 @@ class Conditions(Generic[T]):
                 return False
             return True
 
-        await self.until(sent, "a full buffer empties itself")
+        await self._until(sent, "a full buffer empties itself")
 
-    async def carries(self, frame: bytes, sender: Node[T], to: Node[T]) -> None:
+    async def _carries(self, frame: bytes, sender: Node[T], to: Node[T]) -> None:
         """Send, and wait until it arrives; over a transport that may lose frames, it is sent until it does."""
         deadline = _time.now() + self.patience
         before = to.of(sender).count(frame)
@@ -221,13 +221,13 @@ class Conditions(Generic[T]):
         def arrived() -> bool:
             return to.of(sender).count(frame) > before
 
-        await self.send(frame, sender, to)
+        await self._send(frame, sender, to)
         while not self.lossless and not arrived() and _time.now() < deadline:
             await asyncio.sleep(self.settle)
-            await self.send(frame, sender, to)
-        await self.until(arrived, f"what {sender} sends, {len(frame)} bytes, arrives at {to} as it was sent")
+            await self._send(frame, sender, to)
+        await self._until(arrived, f"what {sender} sends, {len(frame)} bytes, arrives at {to} as it was sent")
 
-    async def arrives(self, frames: Sequence[bytes], sender: Node[T], to: Node[T]) -> None:
+    async def _arrives(self, frames: Sequence[bytes], sender: Node[T], to: Node[T]) -> None:
         """Wait for frames that were sent, if they must arrive."""
         if not self.lossless:
             return
@@ -239,9 +239,9 @@ class Conditions(Generic[T]):
             some = ", ".join(repr(frame[:20]) for frame in sorted(missing())[:5])
             return f"lossless: {len(missing())} of {len(frames)} frames from {sender} never came to {to}, as {some}"
 
-        await self.until(lambda: len(to.heard) >= len(set(frames)) and not missing(), promise)
+        await self._until(lambda: len(to.heard) >= len(set(frames)) and not missing(), promise)
 
-    async def error_of(self, verb: Any) -> Exception | None:
+    async def _error_of(self, verb: Any) -> Exception | None:
         """Return what `verb()` raises."""
         try:
             verb()
@@ -249,6 +249,6 @@ class Conditions(Generic[T]):
             return error
         return None
 
-    async def is_told(self, node: Node[T], gone: Node[T]) -> None:
+    async def _is_told(self, node: Node[T], gone: Node[T]) -> None:
         """Wait until `node` is told that another one is gone."""
-        await self.until(lambda: gone.id in node.gone, f"when {gone} closes, {node} is told lost({gone})")
+        await self._until(lambda: gone.id in node.gone, f"when {gone} closes, {node} is told lost({gone})")
