@@ -441,10 +441,12 @@ def test_a_node_that_lets_strangers_wait_for_ever_is_found(test: str, says: str)
 
 
 def test_a_socket_that_is_left_open_in_real_time_is_found() -> None:
-    class Leaks(Radio):
-        async def start(self, node: str, receiver: Receiver, prover: Prover | None) -> None:
-            await super().start(node, receiver, prover)
-            self.server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    with socket.create_server(("127.0.0.1", 0)) as sock:
 
-    with pytest.raises(AssertionError, match=r"when it is closed, nothing is left: \['a socket'"):
-        type("Leaky", (OverRadio,), {"make": Leaks, "real_time": True})().test_a_node_may_be_alone()
+        class Leaks(Radio):
+            async def start(self, node: str, receiver: Receiver, prover: Prover | None) -> None:
+                await super().start(node, receiver, prover)
+                asyncio.get_running_loop().add_reader(sock, print)
+
+        with pytest.raises(AssertionError, match=r"when it is closed, nothing is left: \['a socket'"):
+            type("Leaky", (OverRadio,), {"make": Leaks, "real_time": True})().test_a_node_may_be_alone()
