@@ -50,6 +50,7 @@ CORES = {
     "rate_limiter": {"SlidingWindow"},
     "retrier": {"Backoff"},
     "runtime.frame": {"ReplayWindow"},
+    "testing._chaos": {"Chaos"},
     "transports._tcp.handshake": {"Handshake"},
     "transports._tcp.wire": {"Address", "Unrecorder"},
 }

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -358,6 +359,29 @@ class BlocksForEver(Radio):
             raise
 
 
+class BroadcastsToNobody(Radio):
+    def broadcast(self, frame: bytes) -> None:
+        pass
+
+
+class CallsFromAThread(Radio):
+    def deliver(self, sender: str, to: Radio, frame: bytes) -> None:
+        thread = threading.Thread(target=super().deliver, args=(sender, to, frame))
+        thread.start()
+        thread.join()
+
+
+class LosesRepliesNowAndThen(Radio):
+    count = 0
+
+    def carry(self, to: Radio, frame: bytes) -> None:
+        self.count += 1
+        if self.count % 100 == 99:
+            self.waiting -= len(frame)
+        else:
+            super().carry(to, frame)
+
+
 class TrustsAnybody(Radio):
     def admit(self, node: str, prover: Prover) -> None:
         pass
@@ -402,6 +426,10 @@ class BelievesNames(Radio):
         (HasNoLimits, "test_a_frame_that_is_too_large_is_refused_and_does_no_harm", "is a ValueError, not None"),
         (HasNoLimits, "test_what_cannot_be_carried_at_once_is_buffered_within_a_limit", "Overloaded, not None"),
         (BlocksForEver, "test_what_cannot_be_carried_at_once_is_buffered_within_a_limit", "a full buffer empties"),
+        (BroadcastsToNobody, "test_a_broadcast_arrives_at_every_other_node_once", "lossless: 1 of 1 frames"),
+        (BroadcastsToNobody, "test_a_call_to_any_node_is_answered_by_those_that_handle_it_in_turn", "all hear"),
+        (CallsFromAThread, "test_every_frame_arrives_once", "in the thread of its event loop only, but a frame"),
+        (LosesRepliesNowAndThen, "test_ten_thousand_calls_with_random_cancels_and_no_cross_talk", "a call is answered"),
         (TrustsAnybody, "test_a_node_that_is_not_trusted_is_not_let_in", "authenticated: nothing comes from"),
         (BelievesNames, "test_a_node_gets_in_under_its_own_name_only", "authenticated: nothing comes from"),
     ],
