@@ -377,13 +377,11 @@ async def test_who_is_gone_is_lost_at_once_and_is_found_again(caplog: pytest.Log
                 again.transport.send(alice.id, b"back")
                 await alice.until(lambda: alice.heard)
                 assert again.heard == [], "nothing is kept for later"
-    lines = [line for line in caplog.messages if line.startswith(f"node {bob.id}")]
-    assert lines[:2] == [f"node {bob.id} is lost: it closed the connection", f"node {bob.id} is back"]
-    assert len(lines) == 3, "and once more at the end"
-    assert len(caplog.messages) == 3
+    assert caplog.messages == [f"node {bob.id} has left", f"node {bob.id} has left"]
 
 
-async def test_a_reset_is_noticed_at_once() -> None:
+async def test_a_reset_is_noticed_at_once_and_told_in_two_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, LOG)
     async with mesh("alice", "bob", limits=QUICK) as [alice, bob]:
         sock = bob.transport._mesh.links[alice.id]._transport.get_extra_info("socket")  # type: ignore[union-attr]
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -391,6 +389,9 @@ async def test_a_reset_is_noticed_at_once() -> None:
         await alice.until(lambda: alice.gone)
         await alice.until(lambda: len(alice.found_) == 2)
         assert alice.gone == [bob.id]
+    [lost, back] = [record.getMessage() for record in caplog.records if alice.id not in record.getMessage()][:2]
+    assert lost.startswith(f"node {bob.id} is lost: the connection broke: ")
+    assert back == f"node {bob.id} is back"
 
 
 async def test_a_peer_that_is_silent_for_too_long_is_lost() -> None:

@@ -145,7 +145,7 @@ async def test_who_proves_itself_and_then_never_opens_is_dropped_in_time() -> No
         record(Kind.OPEN),
         huge(Kind.FRAME, 2**31),
         record(Kind.ADDRESSES, b"\xc1"),
-        record(Kind.ADDRESSES, addresses([("bob", "nowhere")])),
+        record(Kind.ADDRESSES, addresses([(identity("carol").node_id, "nowhere")])),
         struct.pack(">IB", 0, 99),
     ],
 )

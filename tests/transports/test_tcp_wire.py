@@ -127,14 +127,13 @@ def test_which_addresses_only_this_machine_can_reach() -> None:
 
 def test_known_addresses_travel() -> None:
     known = [(ALICE.node_id, "127.0.0.1:7001"), (BOB.node_id, "[::1]:7002")]
-    expected = [(ALICE.node_id, Address("127.0.0.1", 7001)), (BOB.node_id, Address("::1", 7002))]
-    assert read_addresses(addresses(known)) == expected
+    assert read_addresses(addresses(known)) == known
 
 
 @given(st.binary(max_size=200) | st.lists(st.tuples(st.text(), st.text())).map(addresses))
 def test_what_are_no_addresses_is_rejected(body: bytes) -> None:
     with suppress(Rejected):
-        assert all(isinstance(address, Address) for _, address in read_addresses(body))
+        assert all(isinstance(text, str) for known in read_addresses(body) for text in known)
 
 
 # --- the handshake

@@ -1,56 +1,23 @@
 """One TCP connection to another node: bytes in, records out, and when it is given up. The transport owns it."""
 
 import asyncio
+import functools
 import socket
 from collections import deque
-from typing import Protocol, cast
+from typing import cast
 
 from meshkit import _time
 from meshkit.errors import Overloaded
 from meshkit.transports._tcp.handshake import MAX_HELLO, Handshake
-from meshkit.transports._tcp.limits import TcpLimits
+from meshkit.transports._tcp.owner import Owner
 from meshkit.transports._tcp.wire import Address, Kind, Refusal, Rejected, Unrecorder, read_addresses, record
 
-__all__ = ["Link", "Owner"]
+__all__ = ["Link"]
 
 _PING, _PONG = record(Kind.PING), record(Kind.PONG)
 
 
-class Owner(Protocol):
-    """The transport, as its connections see it."""
-
-    limits: TcpLimits
-
-    def connected(self, link: "Link") -> None:
-        """Take note of a connection; whoever is at the other end has proved nothing yet."""
-        ...
-
-    def wanted(self, link: "Link") -> Refusal | None:
-        """Return what speaks against a connection whose other end has proved who it is."""
-        ...
-
-    def opened(self, link: "Link") -> None:
-        """Use the connection from now on."""
-        ...
-
-    def received(self, node: str, frame: bytes) -> None:
-        """Take a frame."""
-        ...
-
-    def told(self, known: list[tuple[str, Address]]) -> None:
-        """Take the addresses that another node knows."""
-        ...
-
-    def disconnected(self, link: "Link") -> None:
-        """Do without the connection from now on; its socket may have last words to send."""
-        ...
-
-    def closed(self, link: "Link") -> None:
-        """Forget the connection: its socket is closed."""
-        ...
-
-
-class Link(asyncio.Protocol):
+class Link(asyncio.BufferedProtocol):
     """A connection. `opened`, `ended` and `reason` say how far it has come.
 
     `settled` is set when it has opened, or ended; `gone` when it has ended.
@@ -67,7 +34,7 @@ class Link(asyncio.Protocol):
 
     def __init__(self, owner: Owner, handshake: Handshake) -> None:
         self.handshake = handshake
-        self.opened = self.rejected = self.ended = False
+        self.opened = self.rejected = self.left = self.ended = False
         self.reason = ""
         self.refusal: Refusal | None = None  # what the other side said
         self.settled = asyncio.Event()
@@ -92,7 +59,7 @@ class Link(asyncio.Protocol):
         """The node at the other end, as soon as it has said so."""
         return self.handshake.peer
 
-    @property
+    @functools.cached_property
     def address(self) -> Address | None:
         """Where the node at the other end listens, as far as can be seen from here."""
         if not self.handshake.listens:
@@ -115,6 +82,14 @@ class Link(asyncio.Protocol):
             self.drop("nobody listens there: the connection has met itself")  # TCP can do that
         self._write(self.handshake.begin())
         self._read()
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Return where to read to."""
+        return self._owner.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Take the bytes that are there now."""
+        self.data_received(bytes(self._owner.buffer[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         """Take bytes."""
@@ -183,6 +158,9 @@ class Link(asyncio.Protocol):
                 self._write(_PONG)
         elif kind == Kind.ADDRESSES:
             self._owner.told(read_addresses(body))
+        elif kind == Kind.BYE:
+            self.left = True
+            self.drop("it has left")
         elif kind != Kind.PONG:
             raise Rejected(f"it sent a record of kind {kind} on an open connection")
 
@@ -285,12 +263,13 @@ class Link(asyncio.Protocol):
         """End when what is buffered has been sent, and the other side has seen that no more will come."""
         if self._transport is None or not self.opened or self.ended:
             return self.drop("this node is closed")
-        self._transport.write(b"".join(self._waiting))
+        self._transport.write(b"".join(self._waiting) + record(Kind.BYE))
         self._end("this node closed the connection")
-        if self._transport.can_write_eof():  # to close it now, with bytes unread, would take back what is unsent
-            self._transport.write_eof()
-        else:
-            self._transport.close()
+        try:  # not close(): with bytes unread, that takes back what the other side has not read
+            end = self._transport.write_eof if self._transport.can_write_eof() else self._transport.close
+            end()
+        except OSError:  # the other side was faster
+            self.abort()
         return None
 
     def _is_over(self) -> bool:

@@ -14,7 +14,7 @@ from meshkit.transports._tcp.wire import Address
 __all__ = ["Door", "serve"]
 
 
-async def serve(accept: Callable[[], asyncio.Protocol], address: Address) -> asyncio.Server:
+async def serve(accept: Callable[[], asyncio.BaseProtocol], address: Address) -> asyncio.Server:
     """Listen; `accept` makes the protocol of each connection.
 
     Raises:

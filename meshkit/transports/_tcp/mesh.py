@@ -18,7 +18,7 @@ from meshkit.transports._tcp.limits import TcpLimits
 from meshkit.transports._tcp.link import Link
 from meshkit.transports._tcp.listen import Door, serve
 from meshkit.transports._tcp.sockets import Sockets
-from meshkit.transports._tcp.wire import Address, Kind, Refusal, addresses, record
+from meshkit.transports._tcp.wire import Address, Kind, Refusal, Rejected, addresses, record
 
 __all__ = ["Mesh"]
 
@@ -28,6 +28,8 @@ _log = logging.getLogger("meshkit.transports.tcp")
 class Mesh:
     """The connections of one node. `links` are those that are open, by the node at the other end."""
 
+    BUFFER = 256 * 1024
+    """Bytes that are read at once."""
     REFUSALS_EVERY = 10.0
     """Seconds between two log lines about connections that came to nothing."""
 
@@ -37,6 +39,7 @@ class Mesh:
         self.limits = limits
         self.links: dict[str, Link] = {}
         self.client_ssl = client_ssl
+        self.buffer = memoryview(bytearray(self.BUFFER))
         self.address = ""  # where others reach this node, if it listens
         self.dialler = Dialler(self, prover.identity.node_id)
         self._receiver = receiver
@@ -44,7 +47,7 @@ class Mesh:
         self._sockets = Sockets(limits)
         self._server: asyncio.Server | None = None
         self._closed = False
-        self._lost: dict[str, bool] = {}  # the nodes that were connected, and have not come back
+        self._lost: set[str] = set()  # the nodes that were connected, and have not come back
         self._refused = 0  # connections, since the last line about them
         self._refused_at = -math.inf
 
@@ -129,7 +132,8 @@ class Mesh:
             self.send_to_all(record(Kind.ADDRESSES, addresses([(node, str(address))])))
         self.links[node] = link
         self.dialler.met(node, address)
-        if self._lost.pop(node, False):
+        if node in self._lost:
+            self._lost.discard(node)
             _log.info("node %s is back", node)
         self._receiver.found(node)
 
@@ -138,11 +142,15 @@ class Mesh:
         if not self._closed:
             self._receiver.received(node, frame)
 
-    def told(self, known: Sequence[tuple[str, Address]]) -> None:
+    def told(self, known: Sequence[tuple[str, str]]) -> None:
         """Take the addresses that another node knows."""
         own = self._prover.identity.node_id
-        for node, address in known[: self.limits.max_peers]:
+        for node, text in known[: self.limits.max_peers]:
             if node != own and node not in self.links and self._prover.trusts(node):
+                try:
+                    address = Address.parse(text, "what a peer says where others listen")
+                except ValueError as error:
+                    raise Rejected(str(error)) from None
                 self.dialler.know(node, address)
 
     def disconnected(self, link: Link) -> None:
@@ -152,9 +160,11 @@ class Mesh:
             return
         if self.links.get(link.peer) is link:
             del self.links[link.peer]
-            if len(self._lost) < self.limits.max_peers:
-                self._lost[link.peer] = True
-            _log.warning("node %s is lost: %s", link.peer, link.reason)
+            if link.left:
+                _log.info("node %s has left", link.peer)
+            elif link.peer not in self._lost and len(self._lost) < self.limits.max_peers:
+                self._lost.add(link.peer)
+                _log.warning("node %s is lost: %s", link.peer, link.reason)
             self._receiver.lost(link.peer)
         elif not link.opened and not link.handshake.dialled:
             self._on_refusal(link)

@@ -6,6 +6,7 @@ A record is the length of its body (4 bytes, big-endian), its kind (1 byte), and
     PROOF     both    a signature of both hellos, and of who dialled: no other connection ever has the same
     OPEN      arbiter from now on this is the connection between the two
     FRAME, ADDRESSES, PING, PONG in any order
+    BYE       the node leaves the mesh; the connection ends
     REFUSED   instead of any of them: why not; the connection ends
 
 The dialler begins; it proves itself when the other has, and a stranger is told nothing. The arbiter is the node with
@@ -40,6 +41,7 @@ class Kind(IntEnum):
     ADDRESSES = 5
     PING = 6
     PONG = 7
+    BYE = 8
 
 
 class Refusal(IntEnum):
@@ -183,13 +185,13 @@ def addresses(known: list[tuple[str, str]]) -> bytes:
     return msgspec.msgpack.encode(known)
 
 
-def read_addresses(body: bytes) -> list[tuple[str, Address]]:
-    """Return the ids and addresses in the body of a record.
+def read_addresses(body: bytes) -> list[tuple[str, str]]:
+    """Return the ids and addresses in the body of a record; those are read that are needed.
 
     Raises:
         Rejected: There is something else in it.
     """
     try:
-        return [(node, Address.parse(text, "an address")) for node, text in _addresses.decode(body)]
+        return _addresses.decode(body)
     except (msgspec.MsgspecError, ValueError) as error:
         raise Rejected(f"it sent addresses that are none: {error}") from None
