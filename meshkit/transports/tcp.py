@@ -14,7 +14,7 @@ from collections.abc import Collection, Sequence
 from meshkit.errors import Closed, Unreachable
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.transport import Receiver
-from meshkit.transports._tcp.limits import TcpLimits
+from meshkit.transports._tcp.limits import TcpLimits as TcpLimits
 from meshkit.transports._tcp.mesh import Mesh
 from meshkit.transports._tcp.wire import Address, Kind, record
 

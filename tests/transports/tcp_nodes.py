@@ -74,6 +74,9 @@ class Node:
     async def hears(self, count: int) -> None:
         await self.until(lambda: len(self.heard) >= count)
 
+    async def loses(self, other: "Node") -> None:
+        await self.until(lambda: other.id in self.gone)
+
     async def meets(self, *others: "Node") -> None:
         await self.until(lambda: {other.id for other in others} <= set(self.transport.peers))
 

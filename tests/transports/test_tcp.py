@@ -459,6 +459,18 @@ async def test_a_peer_that_does_not_read_cannot_hold_up_the_end() -> None:
             await alice.transport.close()
 
 
+async def test_a_peer_that_has_just_reset_its_connection_does_not_hold_up_the_end() -> None:
+    def too_late() -> None:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    async with mesh("alice", "bob", "carol") as [alice, bob, carol]:
+        gone = alice.transport._mesh.links[bob.id]._transport  # type: ignore[union-attr]
+        gone.write_eof = too_late  # type: ignore[method-assign, union-attr]
+        await alice.transport.close()
+        for node in (bob, carol):
+            await node.loses(alice)
+
+
 def sockets_of(loop: asyncio.AbstractEventLoop) -> int:
     return len(loop._selector.get_map())  # type: ignore[attr-defined]
 

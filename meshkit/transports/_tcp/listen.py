@@ -37,14 +37,15 @@ async def serve(accept: Callable[[], asyncio.BaseProtocol], address: Address) ->
 
 def _explained(error: OSError, address: Address) -> OSError:
     """Return an error of the same kind that says what to do."""
-    why = {
-        errno.EADDRINUSE: "another process listens there: choose another port, or stop it",
-        errno.EACCES: "this user may not: ports below 1024 are for the system, choose another one",
-        errno.EADDRNOTAVAIL: "this machine has no such address",
-    }.get(error.errno or 0)
-    if why is None:
-        why = "there is no such host" if isinstance(error, socket.gaierror) else error.strerror or str(error)
-    code = errno.EADDRNOTAVAIL if isinstance(error, socket.gaierror) else error.errno
+    code, why = error.errno, error.strerror or str(error)
+    if isinstance(error, socket.gaierror):
+        code, why = errno.EADDRNOTAVAIL, "there is no such host"
+    elif code is None or code == errno.EADDRNOTAVAIL:  # since Python 3.13, asyncio tells it without a code
+        code, why = errno.EADDRNOTAVAIL, "this machine has no such address"
+    elif code == errno.EADDRINUSE:
+        why = "another process listens there: choose another port, or stop it"
+    elif code == errno.EACCES:
+        why = "this user may not: ports below 1024 are for the system, choose another one"
     return OSError(code, f"cannot listen on {address}: {why}")
 
 
