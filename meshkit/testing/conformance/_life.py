@@ -128,8 +128,8 @@ class LifeTests(Conditions[T]):
             await node[0].start()
             await node[0].close()
 
-        self._run(live)
-        self._run(live)
+        self.run_scenario(live)
+        self.run_scenario(live)
 
     @at_every_await
     async def test_a_cancelled_start_leaves_nothing_behind(self, point: CancellationPoint) -> None:

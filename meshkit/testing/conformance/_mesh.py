@@ -150,7 +150,7 @@ class Conditions(Generic[T]):
         """Return the host and the TCP port at which strangers can reach a started transport; None: they cannot."""
         return None
 
-    def _run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    def run_scenario(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Run `main()` on an event loop of its own; fail if it leaves anything behind."""
         if self.real_time:
             asyncio.run(leaving_nothing(main))

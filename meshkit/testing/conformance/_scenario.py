@@ -10,7 +10,7 @@ from meshkit.testing.cancellation import CancellationPoint, cancellation_points
 
 
 class _Runs(Protocol):
-    def _run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None: ...
+    def run_scenario(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None: ...
 
 
 C = TypeVar("C", bound=_Runs)
@@ -35,7 +35,7 @@ def scenario(test: Callable[[C], Coroutine[Any, Any, None]]) -> Callable[[C], No
     """Make a plain test of an asynchronous one: it needs no plugin, and leaves nothing behind."""
 
     def runs(self: C) -> None:
-        self._run(functools.partial(test, self))
+        self.run_scenario(functools.partial(test, self))
 
     return _named(runs, test)
 
@@ -46,7 +46,7 @@ def at_every_await(test: Callable[[C, CancellationPoint], Coroutine[Any, Any, No
     def runs(self: C) -> None:
         for point in cancellation_points():
             try:
-                self._run(functools.partial(test, self, point))
+                self.run_scenario(functools.partial(test, self, point))
             except AssertionError as error:
                 error.add_note(f"cancelled at {point}")
                 raise
