@@ -10,7 +10,7 @@ import asyncio
 import logging
 import struct
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from typing import Any, cast
 
@@ -18,6 +18,7 @@ import msgspec
 
 from meshkit.logger import Logger
 from meshkit.runtime import Identity, Message, Runtime, Service, broadcast, handles, request
+from meshkit.runtime.frame import Prover
 from meshkit.transports import TcpTransport
 from tests.bench.harness import Compare, Fact, Measure
 
@@ -163,6 +164,52 @@ def sealed_call(callers: int, size: int = 128) -> Callable[[int], Awaitable[None
     return work
 
 
+# --- the transport alone
+
+
+class Ear:
+    """A receiver that returns every frame, or takes it as the answer."""
+
+    def __init__(self, number: int, join: Sequence[str] = (), *, returns: bool) -> None:
+        self.identity = IDENTITIES[number]
+        self.transport = TcpTransport("127.0.0.1:0", join=join)
+        self.met = asyncio.Event()
+        self._returns = returns
+        self._answer: asyncio.Future[bytes] | None = None
+
+    async def start(self) -> None:
+        prover = Prover(self.identity, trust=TRUST, started=0.0)
+        await self.transport.start(self.identity.node_id, self, prover)
+
+    def received(self, sender: str, frame: bytes) -> None:
+        if self._returns:
+            self.transport.send(sender, frame)
+        elif self._answer is not None:
+            self._answer.set_result(frame)
+
+    def found(self, node: str) -> None:
+        self.met.set()
+
+    def lost(self, node: str) -> None:
+        pass
+
+    async def call(self, to: str, frame: bytes) -> bytes:
+        self._answer = asyncio.get_running_loop().create_future()
+        self.transport.send(to, frame)
+        return await self._answer
+
+
+async def frames(n: int) -> None:
+    bob = Ear(1, returns=True)
+    await bob.start()
+    alice = Ear(0, [str(bob.transport.address)], returns=False)
+    await alice.start()
+    await alice.met.wait()
+    await everybody(lambda: alice.call(bob.identity.node_id, bytes(128)), n, 1)
+    await alice.transport.close()
+    await bob.transport.close()
+
+
 # --- as things grow: seconds on the clock, since that is what somebody waits for
 
 
@@ -222,6 +269,7 @@ def forming(n: int) -> float:
 def measures() -> list[Measure]:
     """Return the comparisons."""
     return [
+        Compare("frames of the transport alone, 1 in flight / bare echo", bare_call(1), frames, 3_000, goal=1.35),
         Compare("sealed call, 1 in flight / bare echo", bare_call(1), sealed_call(1), 3_000, goal=1.35),
         Compare("sealed call, 100 in flight / bare echo", bare_call(100), sealed_call(100), 20_000, goal=4),
         Fact("broadcast to ten nodes, each delivery", deliveries(10), 2_000, "µs", goal=1e6 / 150_000, rounds=3),

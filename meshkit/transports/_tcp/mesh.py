@@ -166,7 +166,7 @@ class Mesh:
                 self._lost.add(link.peer)
                 _log.warning("node %s is lost: %s", link.peer, link.reason)
             self._receiver.lost(link.peer)
-        elif not link.opened and not link.handshake.dialled:
+        elif not link.handshake.dialled and not link.handshake.proved:  # else it is a second one, which is nothing
             self._on_refusal(link)
 
     def _on_refusal(self, link: Link) -> None:
