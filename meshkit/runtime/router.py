@@ -9,8 +9,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import msgspec
-
 from meshkit import _check, _time
 from meshkit.errors import Draining, MeshkitError, NoHandler, NotAccepted, Overloaded, Unreachable
 from meshkit.events import Observer
@@ -84,11 +82,13 @@ class Router:
             encoded = encode_payload(message.payload)
             tell = Tell(message.id, message.kind, behavior.version, message.time, encoded)
             if to is None:
-                self._outbox.post(None, tell, self._fitting(encoded))
+                self._outbox.post(None, tell, self._fitting(len(encoded)))
+                self.journal.note(message.id, "sent to every node")
                 self.intake.take(self._node, tell)
             else:
                 self._require_way(to)
-                self._post(to, tell, self._fitting(encoded))
+                self.journal.note(message.id, f"sent to node {to!r}")
+                self._post(to, tell, len(encoded))
         else:
             raise TypeError(f"{behavior!r} asks for a reply: use call(), which returns it")
         self.journal.sent += 1
@@ -178,9 +178,8 @@ class Router:
             raise NotAccepted(kind=message.kind, node=self._node, reason=f"{outcome.reason} (stage {stage})")
         raise outcome.error
 
-    def _fitting(self, encoded: msgspec.Raw) -> int:
+    def _fitting(self, size: int) -> int:
         """Return the size of a payload, which must fit into a frame."""
-        size = len(encoded)
         if size > self._max_payload:
             raise ValueError(f"a payload of {size} bytes does not fit into a frame: it may have {self._max_payload}")
         return size
@@ -194,10 +193,16 @@ class Router:
         if to == self._node:
             self.intake.take(to, wire)
         else:
-            self._outbox.post(to, wire, size)
+            self._outbox.post(to, wire, self._fitting(size))
 
     def _answer(self, caller: str, answer: Reply | Failure) -> None:
-        self._post(caller, answer, len(answer.payload) if isinstance(answer, Reply) else 0)
+        size = len(answer.payload) if isinstance(answer, Reply) else 0
+        if size > self._max_payload and caller != self._node:
+            self._log.error(
+                "a reply of %d bytes to node %r does not fit into a frame", size, caller, message_id=answer.id
+            )
+            answer, size = Failure(answer.id, "failed", code="internal"), 0
+        self._post(caller, answer, size)
 
     def _on_unsent(self, to: str | None, wires: Sequence[Wire], error: Exception) -> None:
         """Tell those who wait for an answer, and count the rest."""

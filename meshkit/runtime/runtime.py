@@ -137,6 +137,8 @@ class Runtime:
 
         Raises:
             TypeError: The payload is not of the declared type, or cannot be encoded.
+            ValueError: The payload is too large for a frame.
+            NotAccepted: One of the behavior's own stages stopped it.
             Unreachable: There is no way to the node `to`.
             Overloaded: A handler would wait for room in the mailbox of its own service.
             Closed: The runtime has stopped.
@@ -161,6 +163,7 @@ class Runtime:
 
         Raises:
             TypeError: The payload is not of the declared type, or cannot be encoded.
+            ValueError: The payload is too large for a frame, or a call with this `id` is pending already.
             Refused: It did not run: `Unreachable`, `NoHandler`, `NotAccepted`, `RateLimited`, `Overloaded` or
                 `Draining`; ask later, or another node.
             MalformedFrame: It did not run: the other node declares another payload.
@@ -221,7 +224,7 @@ class Runtime:
         return Journal().explain(message_id) if self._life is None else self._life.router.journal.explain(message_id)
 
     def describe(self) -> str:
-        """Print what messages go through on their way to each handler, one line for each kind and version."""
+        """Return what messages go through on their way to each handler, one line for each kind and version."""
         routes = self._running().router.intake.routes
         return "\n".join(str(routes[key]) for key in sorted(routes))
 
