@@ -60,7 +60,7 @@ class Router:
         self.intake = Intake(
             node, graph, self.dispatcher, self.calls, self.presence, prover, self.journal, self._answer, observer
         )
-        self._outbox = Outbox(transport, prover, self._on_unsent)
+        self.outbox = Outbox(transport, prover, self._on_unsent)
         self._node = node
         self._graph = graph
         self._transport = transport
@@ -82,7 +82,7 @@ class Router:
             encoded = encode_payload(message.payload)
             tell = Tell(message.id, message.kind, behavior.version, message.time, encoded)
             if to is None:
-                self._outbox.post(None, tell, self._fitting(len(encoded)))
+                self.outbox.post(None, tell, self._fitting(len(encoded)))
                 self.journal.note(message.id, "sent to every node")
                 self.intake.take(self._node, tell)
             else:
@@ -193,7 +193,7 @@ class Router:
         if to == self._node:
             self.intake.take(to, wire)
         else:
-            self._outbox.post(to, wire, self._fitting(size))
+            self.outbox.post(to, wire, self._fitting(size))
 
     def _answer(self, caller: str, answer: Reply | Failure) -> None:
         size = len(answer.payload) if isinstance(answer, Reply) else 0
@@ -218,12 +218,12 @@ class Router:
 
     def announce(self, name: str, every: float, *, greets: bool = False, to: str | None = None) -> None:
         """Say that this node is up, to one node or to all."""
-        self._outbox.post(to, Beat(name, self._graph.requests, every, self.intake.draining, greets))
+        self.outbox.post(to, Beat(name, self._graph.requests, every, self.intake.draining, greets))
 
     def say_goodbye(self) -> None:
         """Say that this node is leaving, and send what is still to be sent."""
-        self._outbox.post(None, Goodbye())
-        self._outbox.flush()
+        self.outbox.post(None, Goodbye())
+        self.outbox.flush()
 
     # --- the state, and the end
 
