@@ -1,4 +1,4 @@
-"""What meshkit is tested with, for your own tests: virtual time and cancellation at every await."""
+"""What meshkit is tested with, for your own tests: virtual time, cancellation at every await, one node."""
 
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,12 @@ if TYPE_CHECKING:
     from meshkit.testing.cancellation import (
         CancellationPoint as CancellationPoint,
         cancellation_points as cancellation_points,
+    )
+    from meshkit.testing.single_node import (
+        SILENCE as SILENCE,
+        Sent as Sent,
+        Silence as Silence,
+        TestRuntime as TestRuntime,
     )
     from meshkit.testing.virtual_time import (
         Deadlock as Deadlock,
@@ -21,6 +27,7 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
         __name__,
         {
             "cancellation": ["CancellationPoint", "cancellation_points"],
+            "single_node": ["SILENCE", "Sent", "Silence", "TestRuntime"],
             "virtual_time": ["Deadlock", "Leak", "Livelock", "VirtualTimeLoop", "run"],
         },
     )
