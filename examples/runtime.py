@@ -2,7 +2,8 @@
 
 import asyncio
 
-from meshkit import MemoryHub, MemoryTransport, Message, Reject, RemoteError, Runtime, Service, broadcast, handles, request
+from meshkit import MemoryHub, MemoryTransport, RemoteError
+from meshkit.runtime import Message, Reject, Runtime, Service, broadcast, handles, request
 
 STORE = request("stash:store", bytes, reply=int)  # one node is asked, and replies
 TEASE = broadcast("social:tease", str, rate_limit=(1, 60.0))  # goes to every node; one in any minute from each
@@ -13,9 +14,9 @@ class Stash(Service):
 
     @handles(STORE)
     async def store(self, msg: Message[bytes]) -> int:
-        if len(msg.payload) > 100:
-            raise Reject("too_big", "100 bytes are enough for anybody")
-        return len(msg.payload)
+        if len(msg.payload) <= 100:
+            return len(msg.payload)
+        raise Reject("too_big", "100 bytes are enough for anybody")
 
     @handles(TEASE)
     async def tease(self, msg: Message[str]) -> None:
@@ -32,9 +33,8 @@ async def main() -> None:
             await alice.call(STORE, bytes(1000), to="bob", timeout=5)
         except RemoteError as error:
             print(f"{error}; retryable: {error.retryable}")
-        teases = [await bob.emit(TEASE, "alice") for _ in range(2)]
-        await asyncio.sleep(0.1)
-        print(alice.explain(teases[1]))
+        await bob.emit(TEASE, "alice")
+        print(bob.explain(await bob.emit(TEASE, "alice")))
 
 
 if __name__ == "__main__":

@@ -146,7 +146,8 @@ async def story(nodes: list[Node], hub: MemoryHub, file: str, chunks: AsyncItera
     confidants = [node for node in nodes if node.id in owner.stash.confidants]
     heading(
         f"{owner.name} loses its memory",
-        f"All it has left is its key. It asks each of its confidants for the whole file: {', '.join(node.name for node in confidants)}.",
+        "All it has left are its keys. It asks each of its confidants for the whole file: "
+        f"{', '.join(node.name for node in confidants)}.",
     )
     owner.stash.lose_memory()
     after: dict[str, str] = {}

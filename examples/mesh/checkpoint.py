@@ -49,5 +49,5 @@ class Checkpoint(Service):
         if restarts.has_quorum:
             self.decided[subject] = (restarts.result(), uptime.result())
             outcome = restarts.outcome()
-            not_counted = [name_of(self.rt, voter) for voter in outcome.trimmed]
+            not_counted = [name_of(self.rt, voter) for voter in votes.replies if voter in outcome.trimmed]
             self.log.info("%s restarted %s times", name_of(self.rt, subject), outcome.value, not_counted=not_counted)

@@ -154,7 +154,7 @@ class Stash(Service):
                 await self.find_confidants()
 
     def lose_memory(self) -> None:
-        """Forget everything but the key."""
+        """Forget everything but the keys."""
         self.kept, self.mine, self.confidants = {}, [], set()
 
     async def recover(self, peer: str) -> bytes:
