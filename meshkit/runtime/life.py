@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from meshkit import _time
-from meshkit.runtime.crew import Crew, begin, take_back_cancellations
+from meshkit.runtime.crew import Crew, take_back_cancellations
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.home import Home
 from meshkit.runtime.router import Router
 from meshkit.runtime.service import Service, ServiceFailed
 from meshkit.runtime.transport import Alone, Transport
+from meshkit.runtime.wire import Beat
 
 if TYPE_CHECKING:
     from meshkit.runtime.runtime import Runtime
@@ -53,11 +54,12 @@ class Life:
             for service in graph.services
         }
         self._joined = False
-        self._heart: asyncio.Task[None] | None = None
         self._started: list[Service] = []
         observer, letters = runtime.observer, runtime.letters
+        every = None if isinstance(transport, Alone) else runtime.heartbeat
+        beat = None if every is None else Beat(name, graph.requests, every)
         self.router = Router(
-            self.node, graph, self._crews, transport, prover, self._log, observer, letters, self._escalate
+            self.node, graph, self._crews, transport, prover, beat, self._log, observer, letters, self._escalate
         )
         self.home = Home(f"meshkit:{name}:runtime:home", self._live)
 
@@ -73,12 +75,13 @@ class Life:
             self._joined = True
             for service in self._graph.services:
                 await self._start(service)
-            self._begin_to_beat()
+            self.router.heart.start()
             home.opened()
             await home.asked_to_close()
             self.router.intake.draining = True
-            self._announce()
             self._grace_until = _time.now() + self._runtime.grace
+            with anyio.CancelScope(deadline=self._grace_until):
+                await self.router.heart.drain()
             await self._drain(*self._graph.services)
         except GeneratorExit:  # the loop was closed under it: there is nothing to wait on any more
             raise
@@ -110,27 +113,6 @@ class Life:
             raise self._failed(service, "start()") from error
         self._started.append(service)
         self.router.dispatcher.open_mailboxes(service.name)
-
-    # --- presence
-
-    def _begin_to_beat(self) -> None:
-        every = self._runtime.heartbeat
-        if every is None or isinstance(self._transport, Alone):
-            return
-        self._heart = begin(self.home.loop, functools.partial(self._beat, every), f"meshkit:{self._name}:runtime:heart")
-        self.router.intake.on_greeting = self._announce
-        self._announce(greets=True)
-
-    async def _beat(self, every: float) -> None:
-        while True:
-            await asyncio.sleep(every)
-            self._announce()
-            self.router.intake.look_for_the_silent()
-
-    def _announce(self, to: str | None = None, *, greets: bool = False) -> None:
-        """Say that this node is up: to one, or to all."""
-        if self._heart is not None:
-            self.router.announce(self._name, self._runtime.heartbeat or 0.0, greets=greets, to=to)
 
     # --- failures
 
@@ -168,13 +150,11 @@ class Life:
         for service in reversed(self._graph.services):
             await self._stop(service)
         self.router.dispatcher.close()
-        if self._heart is not None:
-            self._heart.cancel()
         if self._joined:
             self.router.say_goodbye()
-        if self._joined:
             await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "closing the transport")
         self.over = True
+        self.router.heart.stop()
         self.router.close()
         if self.router.journal.cut:
             kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.router.journal.cut.items()))

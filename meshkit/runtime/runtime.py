@@ -190,8 +190,12 @@ class Runtime:
         then cancelled.
 
         Raises:
-            TooFewReplies: The `quorum` cannot be reached any more. `partial` has the replies that came.
+            TooFewReplies: The `quorum` cannot be reached, or not any more. It has the replies and errors that came.
+            NoHandler: No node is known that handles the kind.
+            Draining: All that do are draining.
         """
+        if isinstance(to, str):
+            raise TypeError(f"to must be ids of nodes, as in [{to!r}], not one string")
         nodes = None if to is None else list(dict.fromkeys(to))
         return await self._running().router.call_many(behavior, payload, nodes, timeout, quorum)
 
@@ -200,9 +204,9 @@ class Runtime:
     @property
     def peers(self) -> Mapping[str, Peer]:
         """The other nodes that are up, by id, sorted."""
-        up, transport = self._life.router.presence if self._life else Presence(), self._transport
-        nodes = sorted({*transport.peers} - up.silent.keys())
-        return {node: up.peers.get(node) or Peer(node, node) for node in nodes}
+        known = self._life.router.presence if self._life else Presence()
+        nodes = sorted({*self._transport.peers, *known.peers} - known.silent.keys())
+        return {node: known.peers.get(node) or Peer(node, node) for node in nodes}
 
     @property
     def dead_letters(self) -> Sequence[DeadLetter]:
@@ -210,9 +214,14 @@ class Runtime:
         return tuple(self.letters.letters)
 
     def replay(self, letter: DeadLetter) -> bool:
-        """Handle a dead letter again; return False if there is no room for it now."""
-        self._running()
-        return self.letters.replay(letter)
+        """Handle a dead letter again; return False if there is no room for it now, or nobody who handles it.
+
+        Nobody is answered: the caller of a request has been told long ago. If it fails again, there is a new letter.
+
+        Raises:
+            ValueError: It is not one of `dead_letters` any more.
+        """
+        return self.letters.replay(letter, self._running().router.intake.replay)
 
     @property
     def drops(self) -> Sequence[MessageDropped]:

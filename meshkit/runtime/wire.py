@@ -13,6 +13,7 @@ for the frame around it to prove. Payloads are embedded as they were encoded, an
 they are.
 """
 
+import math
 from typing import Annotated, Literal, TypeAlias, cast
 
 import msgspec
@@ -32,6 +33,9 @@ from meshkit.errors import (
 
 __all__ = [
     "MAX_BUNDLE",
+    "MAX_ID",
+    "MAX_KINDS",
+    "MAX_NAME",
     "Ask",
     "Beat",
     "Cancel",
@@ -43,6 +47,7 @@ __all__ = [
     "Wire",
     "decode",
     "encode",
+    "encode_into",
     "encode_payload",
     "refusal",
     "require_portable",
@@ -51,6 +56,17 @@ __all__ = [
 
 MAX_BUNDLE = 256
 """Messages that one bundle may hold."""
+MAX_ID = 128
+"""Characters of an id: ids are remembered, so they must be short."""
+MAX_NAME = 255
+"""Characters of the name of a node or a kind."""
+MAX_KINDS = 1_000
+"""Kinds of requests that a node may say it handles."""
+
+_Id: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_ID)]
+_Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+_Time: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=253_402_300_800)]  # until the year 10000; and never NaN
+_Milliseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 
 
 class _Travels(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -60,28 +76,28 @@ class _Travels(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Tell(_Travels, tag="t", frozen=True):
     """A message that nobody waits for."""
 
-    id: str
-    kind: str
+    id: _Id
+    kind: _Name
     version: int
-    time: float
+    time: _Time
     payload: msgspec.Raw
 
 
 class Ask(_Travels, tag="a", frozen=True):
     """A request. `remaining` is how many milliseconds its caller will still wait."""
 
-    id: str
-    kind: str
+    id: _Id
+    kind: _Name
     version: int
-    time: float
-    remaining: int
+    time: _Time
+    remaining: _Milliseconds
     payload: msgspec.Raw
 
 
 class Reply(_Travels, tag="r", frozen=True):
     """The answer to the request with this `id`."""
 
-    id: str
+    id: _Id
     payload: msgspec.Raw
 
 
@@ -93,7 +109,7 @@ Why: TypeAlias = Literal[
 class Failure(_Travels, tag="f", frozen=True):
     """Why the request with this `id` has no reply. What only some of the reasons need has a default."""
 
-    id: str
+    id: _Id
     why: Why
     detail: str = ""
     limit: int = 0
@@ -106,17 +122,21 @@ class Failure(_Travels, tag="f", frozen=True):
 class Cancel(_Travels, tag="c", frozen=True):
     """The caller of the request with this `id` has gone."""
 
-    id: str
+    id: _Id
 
 
 class Beat(_Travels, tag="b", frozen=True):
-    """A node is up. `every` is how many seconds pass until its next one; `greets`: who hears it shall say so, too."""
+    """A node is up. `every` is how many seconds pass until its next one.
 
-    name: str
-    kinds: tuple[str, ...]
+    Who hears one that `greets` shall say that it is up, too: with one that `answers`.
+    """
+
+    name: _Name
+    kinds: Annotated[tuple[_Name, ...], msgspec.Meta(max_length=MAX_KINDS)]
     every: float
     draining: bool = False
     greets: bool = False
+    answers: bool = False
 
 
 class Goodbye(_Travels, tag="g", frozen=True):
@@ -125,11 +145,13 @@ class Goodbye(_Travels, tag="g", frozen=True):
 
 Wire: TypeAlias = Tell | Ask | Reply | Failure | Cancel | Beat | Goodbye
 
+_MAX_REASON = 200  # characters
 _ENCODER = msgspec.msgpack.Encoder()
 _BUNDLE = Annotated[list[Wire], msgspec.Meta(max_length=MAX_BUNDLE)]
 _DECODER: msgspec.msgpack.Decoder[list[Wire]] = msgspec.msgpack.Decoder(_BUNDLE)
 
 encode = _ENCODER.encode
+encode_into = _ENCODER.encode_into
 
 
 def encode_payload(payload: object) -> msgspec.Raw:
@@ -161,7 +183,8 @@ def decode(bundle: bytes) -> list[Wire]:
     try:
         return _DECODER.decode(bundle)
     except Exception as error:
-        raise MalformedFrame(reason=str(error)) from error  # hostile bytes raise more than msgspec's own error
+        # Hostile bytes raise more than msgspec's own error; and it may quote them at length.
+        raise MalformedFrame(reason=str(error)[:_MAX_REASON]) from error
 
 
 def refusal(call_id: str, error: MeshkitError) -> Failure:
@@ -187,6 +210,7 @@ def refusal(call_id: str, error: MeshkitError) -> Failure:
 
 def to_error(failure: Failure, node: str, kind: str, me: str) -> MeshkitError:
     """Return the error that `failure`, sent by `node` in answer to a request of `kind` from `me`, is for the caller."""
+    wait = failure.retry_after
     match failure.why:
         case "no_handler":
             return NoHandler(kind=kind, node=node)
@@ -202,7 +226,8 @@ def to_error(failure: Failure, node: str, kind: str, me: str) -> MeshkitError:
                 key=me,
                 max_count=failure.limit,
                 window=failure.window,
-                retry_after=failure.retry_after,
+                # What callers may sleep for must be a number that a clock can hold.
+                retry_after=wait if wait is not None and 0 <= wait < math.inf else None,
             )
         case "draining":
             return Draining(node=node)
