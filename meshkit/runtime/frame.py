@@ -22,7 +22,6 @@ Traceback (most recent call last):
 meshkit.errors.Replayed: The message was seen before.
 """
 
-import heapq
 import inspect
 import os
 import struct
@@ -34,10 +33,11 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from meshkit import _check
 from meshkit._chunks import BytesLike, as_bytes, size_of
 from meshkit.encryptor import Encryptor
-from meshkit.errors import BadSignature, MalformedFrame, Overloaded, Replayed, Stale, UnknownSender
+from meshkit.errors import BadSignature, MalformedFrame, Replayed, Stale, UnknownSender
 from meshkit.runtime.identity import SIGNATURE_SIZE, Identity, node_id_of, public_key_of, verify
+from meshkit.runtime.replay import MICRO, ReplayWindow
 
-__all__ = ["Opened", "Prover", "ReplayWindow", "Trust"]
+__all__ = ["Opened", "Prover", "Trust", "claimed_sender"]
 
 K = TypeVar("K", str, bytes)
 Trust: TypeAlias = Collection[str] | Callable[[str], bool] | None
@@ -50,7 +50,6 @@ _OVERHEAD = _HEADER.size + SIGNATURE_SIZE  # bytes, at most
 _EVERY_NODE = bytes(32)  # is no node's key: as a point of the curve it has small order
 _CONTEXT = "meshkit sealed frame 1 from {} to {}"
 _SIGNED_TAG = b"meshkit signed frame 1\0"
-_MICRO = 1_000_000  # µs in a second
 _MAX_PEERS = 2_000  # whose derived keys are kept: it takes 300 µs to derive them
 
 
@@ -58,7 +57,8 @@ _MAX_PEERS = 2_000  # whose derived keys are kept: it takes 300 µs to derive th
 class Opened:
     """What was in a frame: node `sender` said so, at `time` by its clock (seconds since the epoch). That is proved.
 
-    If `stale` is not None, it came at the wrong time, and perhaps not for the first time: refuse what it asks.
+    If `stale` is not None, it came too late, and perhaps not for the first time: refuse what it asks. It will never be
+    accepted.
     """
 
     sender: str
@@ -66,53 +66,6 @@ class Opened:
     to_all: bool
     time: float
     stale: Stale | None
-
-
-class ReplayWindow:
-    """The core: which stamps are accepted now, and what was accepted already. Times are whole µs since the epoch.
-
-    A stamp is accepted up to `window` before and after now, and never if it is less than the floor. What is accepted is
-    remembered until it would be no more. The clock may go back: so the floor rises to above all that is forgotten, and
-    no further, lest a clock that once was years ahead make everything stale when it is set right.
-
-    Keys lie in sets by the tenth of a second of their stamp; each new one takes up to two sets along that are due.
-    """
-
-    SLOT = _MICRO // 10
-
-    def __init__(self, *, window: int, floor: int, max_keys: int) -> None:
-        self.window, self.floor, self.max_keys = window, floor, max_keys
-        self.count = 0
-        self._slots: dict[int, set[bytes]] = {}
-        self._order: list[int] = []  # a heap of the slots
-
-    def accepts(self, stamp: int, now: int) -> bool:
-        """Return whether what is stamped so is neither too old nor too new."""
-        return stamp >= self.floor and -self.window <= now - stamp <= self.window
-
-    def add(self, key: bytes, stamp: int, now: int) -> bool:
-        """Return False if `key` was added with this stamp, which is accepted now; else remember it, and return True.
-
-        Raises:
-            Overloaded: It would be one too many, and none of the others may be forgotten yet.
-        """
-        slot = stamp // self.SLOT
-        keys = self._slots.get(slot)
-        if keys is not None and key in keys:
-            return False
-        for _ in range(2):  # one would never catch up; and as no set is empty, one is enough to make room
-            if self._order and (end := (self._order[0] + 1) * self.SLOT) + self.window <= now:
-                self.floor = max(self.floor, end)
-                self.count -= len(self._slots.pop(heapq.heappop(self._order)))
-        if self.count >= self.max_keys:
-            wait = (self._order[0] + 1) * self.SLOT + self.window - now
-            raise Overloaded(name="memory of frames", limit=self.max_keys, retry_after=wait / _MICRO)
-        if keys is None:
-            keys = self._slots[slot] = set()
-            heapq.heappush(self._order, slot)
-        keys.add(key)
-        self.count += 1
-        return True
 
 
 class _Peer(NamedTuple):
@@ -154,8 +107,8 @@ class Prover:
         self._max_frame = _check.count("max_frame", max_frame, minimum=_OVERHEAD + 1)
         self.max_bundle = max_frame - _OVERHEAD
         self.seen = ReplayWindow(
-            window=round(_check.duration("window", window) * _MICRO),
-            floor=round((started - _check.duration("skew", skew, zero=True)) * _MICRO),
+            window=round(_check.duration("window", window) * MICRO),
+            floor=round((started - _check.duration("skew", skew, zero=True)) * MICRO),
             max_keys=_check.count("max_remembered", max_remembered),
         )
         self._recipients: OrderedDict[str, _Peer] = OrderedDict()  # those that were used last, as are
@@ -189,12 +142,15 @@ class Prover:
     def open(self, frame: BytesLike, now: float) -> Opened:
         """Return what is in the frame, the cheapest checks first; nothing is remembered of one that is not proved.
 
-        A frame that is proved, but stamped at the wrong time, is returned with `stale` set, so that it can be answered.
+        One that is proved, but came too late, is returned with `stale` set, so that it can be answered. One that is
+        stamped in the future is not: it could come again when its time has come, and nobody may be told before that it
+        was refused.
 
         Raises:
             MalformedFrame: It is not a frame, or not one for this node from another.
             UnknownSender: Its sender is not trusted.
             BadSeal, BadSignature: Its sender did not make it so.
+            Stale: It is proved, but stamped in the future.
             Replayed: It was opened before.
             Overloaded: It is proved, but too many were opened lately to remember this one, too.
         """
@@ -212,30 +168,31 @@ class Prover:
         if recipient != (self.identity.public_key if proof == _SEALED else _EVERY_NODE):
             raise MalformedFrame(reason="a frame for another node")
 
-        peer = self._senders.get(sender)
-        node_id = peer.node_id if peer else node_id_of(sender)
+        known = self._senders.get(sender)
+        node_id = known.node_id if known else node_id_of(sender)
         self._require_trusted(node_id)
-        if peer is None:
-            try:
-                peer = self._peer(node_id, sender, _CONTEXT.format(node_id, self.identity.node_id))
-            except ValueError:
-                raise MalformedFrame(reason="a frame whose sender is not a key") from None
-
         header, body = frame[: _HEADER.size], frame[_HEADER.size :]
         if proof == _SEALED:
+            peer = known or self._sender(node_id, sender)
             bundle = peer.encryptor.open_combined(body, aad=header)
         else:
             signature, bundle = body[:SIGNATURE_SIZE], body[SIGNATURE_SIZE:]
             if not verify(sender, signature, _SIGNED_TAG + header + bundle):
                 raise BadSignature
+            peer = known or self._sender(node_id, sender)  # after the signature, which is cheaper
 
         _keep(self._senders, sender, peer)  # it is proved: from here on things may be remembered
-        time = round(now * _MICRO)
-        stale = None if self.seen.accepts(stamp, time) else Stale()
-        # Ids are public: only with its sender does one say which frame it is, or another could take it.
-        if stale is None and not self.seen.add(sender + frame_id, stamp, time):
-            raise Replayed
-        return Opened(node_id, bundle, proof == _SIGNED, stamp / _MICRO, stale)
+        time, stale = round(now * MICRO), None
+        if self.seen.accepts(stamp, time):
+            # Ids are public: only with its sender does one say which frame it is, or another could take it.
+            if not self.seen.add(sender + frame_id, stamp, time):
+                raise Replayed
+        elif stamp > time and stamp >= self.seen.floor:
+            raise Stale
+        else:
+            self.seen.refuse(stamp)
+            stale = Stale()
+        return Opened(node_id, bundle, proof == _SIGNED, stamp / MICRO, stale)
 
     def _bundle(self, bundle: BytesLike) -> bytes:
         if size_of(bundle) > self.max_bundle:
@@ -243,7 +200,13 @@ class Prover:
         return as_bytes(bundle, "bundle")
 
     def _header(self, proof: int, recipient: bytes, now: float) -> bytes:
-        return _HEADER.pack(_VERSION, proof, self.identity.public_key, recipient, os.urandom(16), round(now * _MICRO))
+        return _HEADER.pack(_VERSION, proof, self.identity.public_key, recipient, os.urandom(16), round(now * MICRO))
+
+    def _sender(self, node_id: str, key: bytes) -> _Peer:
+        try:
+            return self._peer(node_id, key, _CONTEXT.format(node_id, self.identity.node_id))
+        except ValueError:
+            raise MalformedFrame(reason="a frame whose sender is not a key") from None
 
     def _peer(self, node_id: str, key: bytes, context: str) -> _Peer:
         return _Peer(node_id, key, self.identity.shared_with(node_id, context))
@@ -258,6 +221,13 @@ class Prover:
         # What is no bool may count as true and say nothing, as a coroutine does.
         cause = None if trusted is False else TypeError(f"trust must return a bool, not {type(trusted).__name__}")
         raise UnknownSender from cause
+
+
+def claimed_sender(frame: bytes) -> str:
+    """Return the node that a frame says it is from, which nothing proves; "" if it says nothing of that."""
+    if len(frame) < _HEADER.size or frame[0] != _VERSION or frame[1] not in _LEAST_BODY:
+        return ""
+    return node_id_of(frame[2:34])
 
 
 def _predicate(trust: Trust) -> Callable[[str], bool]:
