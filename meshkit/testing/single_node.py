@@ -24,7 +24,7 @@
 import asyncio
 import contextlib
 import enum
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Generator, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, TypeVar, overload
@@ -197,7 +197,9 @@ class TestRuntime(Runtime):
     @overload
     async def inject(self, behavior: Broadcast[P], payload: P, sender: str = ...) -> str: ...
 
-    async def inject(self, behavior: Any, payload: Any, sender: str = "peer", timeout: float = 10.0) -> Any:
+    async def inject(
+        self, behavior: Request[P, R] | Broadcast[P], payload: P, sender: str = "peer", timeout: float = 10.0
+    ) -> R | str:
         """Let another node send it a message; a `sender` that was not among its peers is from now on.
 
         A request returns the reply that the sender gets, or raises its error, as `Runtime.call` does; meanwhile time
@@ -288,7 +290,7 @@ class _Others:
             self._behaviors[behavior.kind, behavior.version] = behavior
 
     @contextlib.contextmanager
-    def asked(self, behavior: object) -> Iterator[None]:
+    def asked(self, behavior: object) -> Generator[None]:
         """Take note of a behavior by which something is asked; and if nobody handles it, that it was not scripted."""
         self.learn(behavior)
         try:
