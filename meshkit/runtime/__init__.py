@@ -14,7 +14,7 @@ from meshkit.runtime.behavior import (
 from meshkit.runtime.calls import Replies, TooFewReplies
 from meshkit.runtime.handling import Reject, handles
 from meshkit.runtime.identity import Identity
-from meshkit.runtime.journal import MessageDropped, RuntimeStats
+from meshkit.runtime.journal import MessageDropped, MessageSent, RuntimeStats
 from meshkit.runtime.letters import DeadLetter
 from meshkit.runtime.message import Message
 from meshkit.runtime.presence import Peer, PeerGone, PeerUp
@@ -35,6 +35,7 @@ __all__ = [
     "Local",
     "Message",
     "MessageDropped",
+    "MessageSent",
     "Peer",
     "PeerGone",
     "PeerUp",

@@ -6,7 +6,7 @@
 >>> print(journal.explain("5f"))
 message 5f
   sent to 'bob'
-  dropped at rate_limit: rate_limited; it came from node 'bob'
+  dropped at rate_limit: rate_limited (from node 'bob')
 """
 
 from collections import Counter, deque
@@ -116,7 +116,7 @@ class Journal:
     def explain(self, message_id: str) -> str:
         """Tell the story of a message, as far as it is remembered."""
         notes = [(step, sender) for of, step, sender in self._notes if of == message_id]
-        steps = [f"{step}; it came from node {sender!r}" if sender else step for step, sender in notes]
+        steps = [f"{step} (from node {sender!r})" if sender else step for step, sender in notes]
         return "\n  ".join([f"message {message_id}", *(steps or ["nothing is remembered of it here"])])
 
     def stats(self, *, queued: int, running: int, pending: int) -> RuntimeStats:

@@ -57,12 +57,12 @@ def test_a_kind_is_text_without_spaces(kind: Any) -> None:
 
 @pytest.mark.parametrize("payload", [3, "int", None, [int]])
 def test_a_payload_is_declared_by_its_type(payload: Any) -> None:
-    with pytest.raises(TypeError, match="a: payload must be a type, not"):
+    with pytest.raises(TypeError, match="a: the payload must be a type, not"):
         local("a", payload)
 
 
 def test_a_reply_is_declared_by_its_type() -> None:
-    with pytest.raises(TypeError, match="a: reply must be a type, not None"):
+    with pytest.raises(TypeError, match="a: the reply must be a type, not None"):
         request("a", int, reply=cast("type[int]", None))
     with pytest.raises(TypeError, match="reply"):
         request("a", int)  # type: ignore[call-arg]  # what happens then is what is tested
