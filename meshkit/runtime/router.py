@@ -23,13 +23,13 @@ from meshkit.runtime.graph import Graph
 from meshkit.runtime.intake import Intake, reason_of
 from meshkit.runtime.journal import Journal, RuntimeStats
 from meshkit.runtime.letters import DeadLetters
-from meshkit.runtime.message import Ids, Message
+from meshkit.runtime.message import Ids, Message, check_id
 from meshkit.runtime.outbox import Outbox
 from meshkit.runtime.presence import Heart, Presence
 from meshkit.runtime.service import Service
 from meshkit.runtime.stages import Continue, Drop, settle
 from meshkit.runtime.transport import Transport
-from meshkit.runtime.wire import Ask, Beat, Failure, Goodbye, Reply, Tell, Wire, encode_payload
+from meshkit.runtime.wire import MAX_KINDS, Ask, Beat, Failure, Goodbye, Reply, Tell, Wire, encode_payload
 
 __all__ = ["Router"]
 
@@ -55,6 +55,10 @@ class Router:
         letters: DeadLetters,
         escalate: Callable[[Service, str, BaseException], None],
     ) -> None:
+        if beat is not None and len(beat.kinds) > MAX_KINDS:
+            raise ValueError(
+                f"node {node!r} handles {len(beat.kinds)} kinds of requests, of which it may have {MAX_KINDS}"
+            )
         self.journal = Journal(observer)
         self.presence = Presence()
         self.dispatcher = Dispatcher(node, graph, crews, self.journal, letters, self._answer, escalate)
@@ -125,7 +129,7 @@ class Router:
         timeout = _check.duration("timeout", timeout)
         if call_id is not None and to is None:
             raise ValueError("id needs to: only the node that was asked knows what it has answered")
-        message_id = self._new_id() if call_id is None else call_id
+        message_id = self._new_id() if call_id is None else check_id(call_id)
         passed = self._emitted(behavior, message_id, payload)
         message = passed.message
         settle(passed)
