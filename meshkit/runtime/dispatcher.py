@@ -1,31 +1,30 @@
 """The dispatcher: a message waits in a mailbox, a worker runs the handler, the caller is answered.
 
-When a handler raises, its behavior says what follows: first `retry`, off the worker, while the message keeps its place;
-in the end `on_error`.
+What follows when a handler raises is in `failures`.
 """
 
 import asyncio
 import math
-import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import anyio
 import msgspec
 
 from meshkit import _time
-from meshkit.errors import MeshkitError, Overloaded
-from meshkit.retrier import Backoff
+from meshkit.errors import Draining, MeshkitError
 from meshkit.runtime.answers import Answers
 from meshkit.runtime.crew import Crew, take_back_cancellations
+from meshkit.runtime.failures import Failures
 from meshkit.runtime.graph import Graph, Handler
 from meshkit.runtime.handling import Reject
 from meshkit.runtime.journal import Journal
-from meshkit.runtime.letters import DeadLetter, DeadLetters
+from meshkit.runtime.letters import DeadLetters
 from meshkit.runtime.mailbox import Mailbox
 from meshkit.runtime.message import Message
 from meshkit.runtime.service import Service
-from meshkit.runtime.wire import Failure, Reply, encode_payload
+from meshkit.runtime.stages import Continue, settle
+from meshkit.runtime.wire import Failure, Reply, encode_payload, refusal
 
 __all__ = ["Delivery", "Dispatcher"]
 
@@ -36,12 +35,13 @@ class Delivery(msgspec.Struct, eq=False):
     handler: Handler
     message: Message[Any]
     size: int
-    key: Any = None
     is_call: bool = False
-    caller_waits: bool = True
+    key: Hashable = None
+    number: int = 0  # the mailbox counts
+    misplaced: Exception | None = None  # why `order_by` has no key for it
     attempts: int = 1
+    caller_waits: bool = True
     scope: anyio.CancelScope | None = None  # cancels the handler of a call, while it runs
-    retry: asyncio.TimerHandle | None = None
     again: Message[Any] | None = None  # the same request came again while its handler was being cancelled
 
 
@@ -61,14 +61,12 @@ class Dispatcher:
         answer: Callable[[str, Reply | Failure], None],
         escalate: Callable[[Service, str, BaseException], None],
     ) -> None:
+        self.failures = Failures(journal, letters, escalate)
+        self._node = node
         self._journal = journal
-        self._letters = letters
         self._answer = answer
-        self._escalate = escalate
-        self._loop = asyncio.get_running_loop()
         self._answers = Answers()
-        self._resting: dict[Delivery, None] = {}  # waits to be retried
-        self.serving: dict[tuple[str, str], Delivery] = {}  # calls that wait or run, by caller and id
+        self.serving: dict[tuple[str, str], Delivery] = {}  # calls that wait, run or rest, by caller and id
         self._mailboxes: dict[str, list[Mailbox[Delivery]]] = {}  # by service; the first is that of the service itself
         for service in graph.services:
             mailbox = self._new_mailbox(f"mailbox of service {service.name!r} on node {node!r}", service, crews)
@@ -96,17 +94,26 @@ class Dispatcher:
 
     # --- into the mailbox
 
-    def _delivery(self, handler: Handler, message: Message[Any], size: int, is_call: bool = False) -> Delivery:
+    def _delivery(self, handler: Handler, message: Message[Any], size: int = 0, *, is_call: bool = False) -> Delivery:
+        delivery = Delivery(handler, message, size, is_call)
         order_by = handler.behavior.order_by
-        if order_by is None:
-            return Delivery(handler, message, size, None, is_call)
-        key = message.sender if order_by == "sender" else order_by(message)
-        return Delivery(handler, message, size, (handler.behavior.kind, key), is_call)
+        if order_by is not None:
+            try:
+                delivery.key = (message.sender if order_by == "sender" else order_by(message),)
+                hash(delivery.key)
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it fails as if the handler had raised it
+                delivery.key = None
+                delivery.misplaced = error if isinstance(error, Exception) else RuntimeError("it raised CancelledError")
+        return delivery
+
+    def _put(self, delivery: Delivery, *, reserved: bool = False) -> None:
+        self._journal.delivered += 1
+        self._journal.note(delivery.message.id, delivery.handler.queued, delivery.message.sender)
+        delivery.handler.mailbox.put(delivery, reserved=reserved)
 
     def offer(self, handler: Handler, message: Message[Any], size: int) -> bool:
         """Put a message into the mailbox of one handler; return False if there is no room for it."""
         mailbox: Mailbox[Delivery] = handler.mailbox
-        delivery = self._delivery(handler, message, size)
         if not mailbox.has_room(size):
             if handler.behavior.overflow == "drop_oldest" and not mailbox.closed:
                 for oldest in mailbox.discard_oldest(size):
@@ -114,48 +121,53 @@ class Dispatcher:
                     self._journal.note(oldest.message.id, "given up in the mailbox: newer ones needed its place")
             if not mailbox.has_room(size):
                 return False
-        self._journal.delivered += 1
-        mailbox.put(delivery)
+        self._put(self._delivery(handler, message, size))
         return True
 
     def offer_all(self, handlers: Sequence[Handler], message: Message[Any]) -> bool:
         """Put a message into the mailboxes of all handlers; into none, and return False, if one of them has no room."""
-        deliveries = [self._delivery(handler, message, 0) for handler in handlers]
+        if not all(handler.mailbox.has_room() for handler in handlers):
+            return False
         for handler in handlers:
-            if not handler.mailbox.has_room():
-                return False
-        for delivery in deliveries:
-            self._journal.delivered += 1
-            delivery.handler.mailbox.put(delivery)
+            self._put(self._delivery(handler, message))
         return True
 
-    async def deliver_all(self, handlers: Sequence[Handler], message: Message[Any]) -> None:
-        """Put a message into the mailboxes of all handlers, waiting for room; into none, if that fails."""
-        deliveries = [self._delivery(handler, message, 0) for handler in handlers]
-        reserved: list[Mailbox[Delivery]] = []
+    async def deliver_all(self, handlers: Sequence[Handler], admit: Callable[[], Continue | None]) -> None:
+        """Wait for room in the mailboxes of all handlers, and put there what `admit` returns then, if anything.
+
+        It holds no place in one while it waits for another: a handler of the other one may need that place to go on.
+        """
+        held: Mailbox[Delivery] | None = None
+        boxes: list[Mailbox[Delivery]] = [handler.mailbox for handler in handlers]
+        while (full := next((box for box in boxes if box is not held and not box.has_room()), None)) is not None:
+            if held is not None:
+                held.release()
+                held = None
+            await full.reserve()
+            held = full
         try:
-            for handler in handlers:
-                await handler.mailbox.reserve()
-                reserved.append(handler.mailbox)
-            for mailbox in reserved:
-                mailbox.require_open()  # one may have been closed while this waited for another
+            passed = admit()
         except BaseException:
-            for mailbox in reserved:
-                mailbox.release()
+            passed = None
             raise
-        for delivery in deliveries:
-            self._journal.delivered += 1
-            delivery.handler.mailbox.put(delivery, reserved=True)
+        finally:
+            if passed is None and held is not None:
+                held.release()
+        if passed is not None:
+            for handler in handlers:
+                self._put(self._delivery(handler, passed.message), reserved=handler.mailbox is held)
+            settle(passed)
 
     def serve(self, handler: Handler, message: Message[Any], size: int) -> MeshkitError | None:
         """Put a call into the mailbox: it will be answered. Or return why not."""
-        mailbox = handler.mailbox
-        delivery = self._delivery(handler, message, size, is_call=True)
+        mailbox: Mailbox[Delivery] = handler.mailbox
+        if mailbox.closed:
+            return Draining(node=self._node)
         if not mailbox.has_room(size):
-            return Overloaded(name=mailbox.name, limit=mailbox.max_mailbox)
+            return mailbox.overloaded()
+        delivery = self._delivery(handler, message, size, is_call=True)
         self.serving[message.sender, message.id] = delivery
-        self._journal.delivered += 1
-        mailbox.put(delivery)
+        self._put(delivery)
         return None
 
     def repeated(self, message: Message[Any]) -> bool:
@@ -167,8 +179,8 @@ class Dispatcher:
             if answer is not None:
                 self._answer(caller, answer)
             return answer is not None
-        if not delivery.caller_waits:
-            delivery.again = message  # decoded again when the handler that is being cancelled has ended
+        if not delivery.caller_waits or (delivery.scope is not None and delivery.scope.cancel_called):
+            delivery.again = message  # its turn comes when the handler that is being cancelled has ended
         elif message.deadline > delivery.message.deadline:
             delivery.message = msgspec.structs.replace(delivery.message, deadline=message.deadline)
             if delivery.scope is not None:
@@ -190,10 +202,9 @@ class Dispatcher:
         if delivery.scope is not None:
             delivery.scope.cancel()
             return
-        if not self._wake_up(delivery):
-            delivery.handler.mailbox.discard(delivery)
+        delivery.handler.mailbox.discard(delivery)
         self._journal.cancelled += 1
-        self._journal.note(call_id, "given up by its caller before it began")
+        self._journal.note(call_id, f"given up by its caller before {_its_turn(delivery)}")
         del self.serving[caller, call_id]
 
     def lost(self, node: str) -> None:
@@ -203,29 +214,34 @@ class Dispatcher:
 
     # --- out of the mailbox, in a worker
 
-    async def _run(self, delivery: Delivery, scope: anyio.CancelScope) -> None:
+    async def _run(self, delivery: Delivery, scope: anyio.CancelScope) -> float | None:
+        """Handle a message; return the seconds after which it is to be handled again, or None if that is all."""
         if delivery.is_call:
-            await self._serve(delivery, scope)
-            return
+            return await self._serve(delivery, scope)
         try:
+            if delivery.misplaced is not None:
+                _fail(delivery.misplaced)
             await delivery.handler.method(delivery.message)
             self._handled(delivery)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its failure
-            self._failed(delivery, error)
+            return self.failures.failed(delivery, error)
         except asyncio.CancelledError as error:
             self._interrupted(delivery, error)
+        return None
 
-    async def _serve(self, delivery: Delivery, scope: anyio.CancelScope) -> None:
+    async def _serve(self, delivery: Delivery, scope: anyio.CancelScope) -> float | None:
         handler, message = delivery.handler, delivery.message
         answer: Reply | Failure | None = None
+        again: float | None = None
         delivery.scope = scope
-        resting = False
         try:
             if message.deadline <= _time.now():  # what has expired never starts
                 self._journal.cancelled += 1
-                self._journal.note(message.id, "expired before it began")
-                return
+                self._journal.note(message.id, f"expired before {_its_turn(delivery)}")
+                return None
             scope.deadline = message.deadline
+            if delivery.misplaced is not None:
+                _fail(delivery.misplaced)
             reply = await handler.method(message)
             handler.behavior.check_reply(reply)
             answer = Reply(message.id, encode_payload(reply))
@@ -235,7 +251,7 @@ class Dispatcher:
             self._journal.note(message.id, f"rejected by {handler.name}: {reject.code}")
             answer = Failure(message.id, "failed", reject.detail, code=reject.code, retryable=reject.retryable)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its failure; its caller learns no more
-            resting = self._failed(delivery, error)
+            again = self.failures.failed(delivery, error)
             answer = Failure(message.id, "failed", code="internal")
         except asyncio.CancelledError as error:
             if scope.cancel_called and not handler.mailbox.closed:
@@ -247,21 +263,28 @@ class Dispatcher:
         finally:
             delivery.scope = None
             scope.deadline = math.inf
-            if not resting:
-                self._end(delivery, answer)
+            if again is None:
+                given_up = scope.cancel_called and not handler.mailbox.closed  # then to fail is no answer
+                self._end(delivery, None if given_up and isinstance(answer, Failure) else answer)
+        return again
 
     def _end(self, delivery: Delivery, answer: Reply | Failure | None) -> None:
-        message = delivery.message
+        message, again = delivery.message, delivery.again
         del self.serving[message.sender, message.id]
-        if answer is not None:
-            if isinstance(answer, Reply) or (answer.why == "failed" and not answer.retryable):
-                self._answers.keep(message.sender, answer, _time.now())
-            if delivery.caller_waits:
-                self._answer(message.sender, answer)
-        elif delivery.again is not None:
-            again = msgspec.structs.replace(message, deadline=delivery.again.deadline)
-            if self.serve(delivery.handler, again, delivery.size):
-                self._answer(message.sender, Failure(message.id, "overloaded", delivery.handler.mailbox.name))
+        if answer is None and again is not None:
+            fresh = msgspec.structs.replace(message, deadline=again.deadline)
+            refused = self.serve(delivery.handler, fresh, delivery.size)
+            if refused is None:
+                return
+            why = "draining" if isinstance(refused, Draining) else "overloaded"
+            self._journal.drop(message.kind, "mailbox", why, message.id, message.sender)
+            answer = refusal(message.id, refused)
+        if answer is None:
+            return
+        if isinstance(answer, Reply) or (answer.why == "failed" and not answer.retryable):
+            self._answers.keep(message.sender, answer, _time.now())
+        if delivery.caller_waits or again is not None:
+            self._answer(message.sender, answer)
 
     def _handled(self, delivery: Delivery) -> None:
         self._journal.handled += 1
@@ -273,77 +296,14 @@ class Dispatcher:
             self._cut(delivery)
             raise error
         take_back_cancellations()
-        self._give_up(delivery, RuntimeError("it cancelled its own task"), error)
-
-    # --- failures
-
-    def _failed(self, delivery: Delivery, error: Exception) -> bool:
-        """Deal with what a handler raised; return whether it will be called again."""
-        policy, message, mailbox = delivery.handler.behavior.retry, delivery.message, delivery.handler.mailbox
-        if policy is not None and delivery.attempts <= policy.max_retries and not mailbox.closed:
-            backoff = Backoff(base_delay=policy.base_delay, max_delay=policy.max_delay, jitter=policy.jitter)
-            delay = backoff.delay(delivery.attempts, random.random)
-            if _time.now() + delay < message.deadline and delivery.caller_waits:
-                self._journal.retried += 1
-                self._journal.note(message.id, f"{delivery.handler.name} raised {error!r}: again in {delay:.3g} s")
-                delivery.attempts += 1
-                mailbox.keep_place()
-                self._resting[delivery] = None
-                delivery.retry = self._loop.call_later(delay, self._retry, delivery)
-                return True
-        self._give_up(delivery, error, error)
-        return False
-
-    def _retry(self, delivery: Delivery) -> None:
-        del self._resting[delivery]
-        delivery.handler.mailbox.put(delivery, reserved=True)
-
-    def _wake_up(self, delivery: Delivery) -> bool:
-        """Let a delivery that waits to be retried wait no more, nor have a place; return whether it did."""
-        if delivery not in self._resting:
-            return False
-        del self._resting[delivery]
-        if delivery.retry is not None:
-            delivery.retry.cancel()
-        delivery.handler.mailbox.release()
-        return True
-
-    def _give_up(self, delivery: Delivery, error: Exception, raised: BaseException) -> None:
-        self._journal.failed += 1
-        handler, message = delivery.handler, delivery.message
-
-        def again() -> bool:
-            return self.offer(handler, msgspec.structs.replace(message, deadline=math.inf), delivery.size)
-
-        letter = DeadLetter(message, handler.name, "handler", delivery.attempts, error, again)
-        self.give_up(handler, letter, raised)
-
-    def give_up(self, handler: Handler, letter: DeadLetter, raised: BaseException) -> None:
-        """Do with a message that failed, in a handler or a stage, what its behavior says."""
-        message, where = letter.message, "" if letter.stage == "handler" else f" at {letter.stage}"
-        self._journal.note(message.id, f"{letter.handler} failed{where}: {raised!r}")
-        if handler.behavior.on_error == "drop":
-            return
-        handler.service.log.error(
-            "%s failed%s on %r from node %r",
-            letter.handler,
-            where,
-            message.kind,
-            message.sender,
-            message_id=message.id,
-            exc_info=raised,
-        )
-        if handler.behavior.on_error == "dead_letter":
-            self._letters.add(letter)
-        elif handler.behavior.on_error == "raise":
-            self._escalate(handler.service, f"handler {letter.handler!r}{where}", raised)
+        self.failures.give_up(delivery, RuntimeError("it cancelled its own task"), error)
 
     # --- the state, and the end
 
     @property
     def queued(self) -> int:
         """How many messages wait in mailboxes, or to be retried."""
-        return sum(len(mailbox) for mailboxes in self._mailboxes.values() for mailbox in mailboxes) + len(self._resting)
+        return sum(len(mailbox) for mailboxes in self._mailboxes.values() for mailbox in mailboxes)
 
     @property
     def running(self) -> int:
@@ -364,8 +324,7 @@ class Dispatcher:
     def close_mailboxes(self, service: str) -> None:
         """Take no more messages for a service, and refuse the calls that no handler has begun."""
         for mailbox in self._mailboxes[service]:
-            resting = [delivery for delivery in self._resting if delivery.handler.mailbox is mailbox]
-            for delivery in [*mailbox.close(), *(delivery for delivery in resting if self._wake_up(delivery))]:
+            for delivery in mailbox.close():
                 self._cut(delivery)
                 if delivery.is_call:
                     message = delivery.message
@@ -378,5 +337,15 @@ class Dispatcher:
 
     def close(self) -> None:
         """Answer the callers of handlers that refused to end."""
-        for caller, call_id in list(self.serving):
-            self._answer(caller, Failure(call_id, "cut"))
+        for (caller, call_id), delivery in self.serving.items():
+            if delivery.caller_waits or delivery.again is not None:
+                delivery.caller_waits, delivery.again = False, None
+                self._answer(caller, Failure(call_id, "cut"))
+
+
+def _fail(error: Exception) -> None:
+    raise error
+
+
+def _its_turn(delivery: Delivery) -> str:
+    return "it began" if delivery.attempts == 1 else "it was handled again"

@@ -145,14 +145,12 @@ class Intake:
         passed = self.admit(route, message, size)
         if passed is None:
             return True
-        full: list[str] = []
-        for handler in route.handlers:
-            if not self._dispatcher.offer(handler, passed.message, size):
-                full.append("draining" if handler.mailbox.closed else "overloaded")
+        full = [handler for handler in route.handlers if not self._dispatcher.offer(handler, passed.message, size)]
         taken = len(full) < len(route.handlers)
         if taken:
             settle(passed)
-        for why in full:
+        for handler in full:
+            why = "draining" if handler.mailbox.closed else "overloaded"
             self._journal.drop(message.kind, "mailbox", why, message.id, message.sender)
         return taken
 

@@ -1,0 +1,86 @@
+"""Failures: what follows when a handler, or a stage, raises: what the behavior of the message says.
+
+First `retry`: the message rests, off the worker, and keeps its place. In the end `on_error`: it is logged, dropped,
+kept as a dead letter, or raised in the host of the node. Retries are bounded by the number of attempts, by the deadline
+of the caller, and by the life of the mailbox; the `retry_after` of an error is heeded.
+"""
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from meshkit import _time
+from meshkit._retry_policy import asked_delay
+from meshkit.retrier import Backoff
+from meshkit.runtime.graph import Handler
+from meshkit.runtime.journal import Journal
+from meshkit.runtime.letters import DeadLetter, DeadLetters
+from meshkit.runtime.service import Service
+
+if TYPE_CHECKING:
+    from meshkit.runtime.dispatcher import Delivery
+
+__all__ = ["Failures"]
+
+
+class Failures:
+    """Deals with the failures of one node. `escalate(service, what, error)` stops the node."""
+
+    def __init__(
+        self, journal: Journal, letters: DeadLetters, escalate: Callable[[Service, str, BaseException], None]
+    ) -> None:
+        self._journal = journal
+        self._letters = letters
+        self._escalate = escalate
+
+    def failed(self, delivery: "Delivery", error: Exception) -> float | None:
+        """Deal with what a handler raised; return the seconds after which it is to be called again, or None."""
+        delay = self._delay(delivery, error)
+        if delay is None:
+            self.give_up(delivery, error, error)
+        else:
+            delivery.attempts += 1
+            self._journal.retried += 1
+            self._journal.note(delivery.message.id, f"{delivery.handler.name} raised {error!r}: again in {delay:.3g} s")
+        return delay
+
+    def _delay(self, delivery: "Delivery", error: Exception) -> float | None:
+        policy = delivery.handler.behavior.retry
+        if policy is None or delivery.attempts > policy.max_retries or delivery.misplaced is not None:
+            return None
+        if delivery.handler.mailbox.closed or not delivery.caller_waits:
+            return None
+        asked = asked_delay(error)
+        if asked > policy.max_retry_after:
+            return None
+        backoff = Backoff(base_delay=policy.base_delay, max_delay=policy.max_delay, jitter=policy.jitter)
+        delay = max(asked, backoff.delay(delivery.attempts, random.random))
+        return delay if _time.now() + delay < delivery.message.deadline else None
+
+    def give_up(self, delivery: "Delivery", error: Exception, raised: BaseException) -> None:
+        """Deal with a message that is not to be handled again."""
+        self._journal.failed += 1
+        stage = "handler" if delivery.misplaced is None else "order_by"
+        message, name = delivery.message, delivery.handler.name
+        letter = DeadLetter(message, name, stage, delivery.attempts, error, message, delivery.size)
+        self.end(delivery.handler, letter, raised)
+
+    def end(self, handler: Handler, letter: DeadLetter, raised: BaseException) -> None:
+        """Do with a message that failed, in a handler or a stage, what its behavior says."""
+        message, where = letter.message, "" if letter.stage == "handler" else f" at {letter.stage}"
+        self._journal.note(message.id, f"{letter.handler} failed{where}: {raised!r}")
+        if handler.behavior.on_error == "drop":
+            return
+        handler.service.log.error(
+            "%s failed%s on %r from node %r",
+            letter.handler,
+            where,
+            message.kind,
+            message.sender,
+            message_id=message.id,
+            exc_info=raised,
+        )
+        if handler.behavior.on_error == "dead_letter":
+            self._letters.add(letter)
+        elif handler.behavior.on_error == "raise":
+            self._escalate(handler.service, f"handler {letter.handler!r}{where}", raised)
