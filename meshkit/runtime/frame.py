@@ -225,7 +225,7 @@ class Prover:
 
 def claimed_sender(frame: bytes) -> str:
     """Return the node that a frame says it is from, which nothing proves; "" if it says nothing of that."""
-    if len(frame) < _HEADER.size or frame[0] != _VERSION or frame[1] not in _LEAST_BODY:
+    if not isinstance(frame, bytes) or len(frame) < _HEADER.size or frame[0] != _VERSION or frame[1] not in _LEAST_BODY:
         return ""
     return node_id_of(frame[2:34])
 

@@ -91,6 +91,8 @@ class Intake:
         return None
 
     def _open(self, sender: str, frame: bytes) -> Opened:
+        if not isinstance(frame, bytes):
+            raise MalformedFrame(reason=f"a frame that is {type(frame).__name__} and not bytes")
         if frame[:2] == PLAIN:
             if self._prover is not None:
                 raise UnknownSender
@@ -101,7 +103,7 @@ class Intake:
 
     def _refuse(self, sender: str, error: MeshkitError, claimed: str = "") -> None:
         """Count a frame that goes no further, and say why: its `sender` is who the transport, or the proof, says."""
-        says = f"; it says that it is from {claimed}" if claimed and claimed != sender else ""
+        says = f" (it says that it is from {claimed})" if claimed and claimed != sender else ""
         cause = f" ({error.__cause__!r})"[:_MAX_DETAIL] if isinstance(error, UnknownSender) and error.__cause__ else ""
         self._journal.drop("", "frame", reason_of(error), "", sender, f"{error}{cause}{says}")
 
@@ -115,6 +117,8 @@ class Intake:
 
     def take(self, sender: str, wire: Wire) -> None:
         """Take what a node has sent, and is known to have sent."""
+        if self._heart.silent:
+            self._heart.silent.pop(sender, None)
         if isinstance(wire, Tell):
             self._on_tell(sender, wire)
         elif isinstance(wire, Ask):
