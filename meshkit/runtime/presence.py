@@ -114,6 +114,7 @@ class Heart:
         gone: Callable[[str], None],
         observer: Observer | None,
     ) -> None:
+        self.silent = presence.silent
         self._presence = presence
         self._beat = beat
         self._post = post
