@@ -30,7 +30,7 @@ __all__ = ["Item", "Mailbox"]
 
 
 class Item(Protocol):
-    """What a mailbox holds: so many bytes, and a key if order matters. It hashes by identity; the mailbox numbers it."""
+    """What a mailbox holds: bytes, and a key if order matters. It hashes by identity; the mailbox numbers it."""
 
     size: int
     key: Hashable
