@@ -32,13 +32,14 @@ from meshkit.runtime.declared import Declared
 from meshkit.runtime.message import Message, check_name
 from meshkit.runtime.options import OnError, Options, Overflow, check_options
 from meshkit.runtime.stages import EMIT, Continue, Outcome, Pipeline, Stage, Step
-from meshkit.runtime.wire import MAX_NAME
 
 __all__ = [
     "Behavior",
     "Broadcast",
     "Ephemeral",
     "Local",
+    "OnError",
+    "Overflow",
     "Request",
     "broadcast",
     "ephemeral",
@@ -101,8 +102,6 @@ class Behavior(Generic[P]):
 
     def __post_init__(self) -> None:
         check_name("the kind of a behavior", self.kind)
-        if len(self.kind) > MAX_NAME:
-            raise ValueError(f"the kind of a behavior may have {MAX_NAME} characters, not {len(self.kind)}")
         _ = self._declared_payload
         try:
             self._check_options()

@@ -20,8 +20,8 @@ class Declared(Generic[T]):
 
     def __init__(self, what: str, declared: type[T]) -> None:
         self._type = declared
-        self._declared: Any = declared
-        if not (isinstance(self._declared, type) or typing.get_origin(declared) or self._declared is Any):
+        self._declared: object = declared
+        if not _is_type(declared):
             raise TypeError(f"{what} must be a type, not {declared!r}")
         self._what = what
         self._class = _checkable(declared)
@@ -54,3 +54,7 @@ def _checkable(declared: object) -> Any:
                 isinstance(None, candidate)
                 return candidate
     return object
+
+
+def _is_type(declared: object) -> bool:
+    return isinstance(declared, type) or typing.get_origin(declared) is not None or declared is Any

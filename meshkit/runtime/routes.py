@@ -71,7 +71,7 @@ class Route:
     def _own_steps(self, node: str, repeated: Callable[[Message[Any]], bool]) -> Iterator[Step]:
         behavior, name = self.behavior, f"{self.behavior.kind!r} on node {node!r}"
         if isinstance(behavior, Request):
-            yield Step("dedupe", lambda message: Drop("duplicate") if repeated(message) else Continue(message), "by id")
+            yield Step("dedupe", functools.partial(_drop_if, "duplicate", repeated), "by id")
         elif behavior.content_key is not None or not isinstance(behavior, Local | Ephemeral):
             seen = DedupCache(ttl=behavior.ttl, max_keys=_MAX_SEEN, name=name)
             how = f"by {'id' if behavior.content_key is None else 'content'}, for {behavior.ttl:g} s"
@@ -82,10 +82,9 @@ class Route:
             each = f"{max_count} in {window:g} s from each sender"
             yield Step("rate_limit", functools.partial(self._rate_limit, limiter), each)
         if behavior.filter is not None:
-            accepts = behavior.filter
-            yield Step("filter", lambda message: Continue(message) if accepts(message) else Drop("filtered"))
+            yield Step("filter", functools.partial(_filter, behavior.filter))
         if isinstance(behavior, Request):
-            yield Step("deadline", _deadline)
+            yield Step("deadline", functools.partial(_drop_if, "expired", _expired))
 
     def _decode(self, node: str, message: Message[Any]) -> Outcome:
         try:
@@ -119,5 +118,13 @@ class Route:
         return Fail(RateLimited(name=name, key=sender, max_count=max_count, window=window, retry_after=wait))
 
 
-def _deadline(message: Message[Any]) -> Outcome:
-    return Drop("expired") if message.deadline <= _time.now() else Continue(message)
+def _drop_if(reason: str, applies: Callable[[Message[Any]], bool], message: Message[Any]) -> Outcome:
+    return Drop(reason) if applies(message) else Continue(message)
+
+
+def _filter(accepts: Callable[[Message[Any]], bool], message: Message[Any]) -> Outcome:
+    return Continue(message) if accepts(message) else Drop("filtered")
+
+
+def _expired(message: Message[Any]) -> bool:
+    return message.deadline <= _time.now()
