@@ -110,8 +110,13 @@ class Calls:
 
     def lost(self, node: str) -> None:
         """Fail the calls that wait for a node that has gone, when those that have not left yet have been refused."""
-        for call_id in [call_id for call_id, (asked, _) in self._asked.items() if asked == node]:
-            self._loop.call_soon(self._registry.reject, call_id, PeerLost(node=node))
+        for call_id, asked in self._asked.items():
+            if asked[0] == node:
+                self._loop.call_soon(self._lost, call_id, asked)
+
+    def _lost(self, call_id: str, asked: tuple[str, str]) -> None:
+        if self._asked.get(call_id) is asked:  # else it has ended meanwhile, and its id may be used again
+            self._registry.reject(call_id, PeerLost(node=asked[0]))
 
     def close(self) -> None:
         """Fail every call that still waits for its answer."""

@@ -16,27 +16,24 @@
 'BOO'
 """
 
-import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from meshkit import _check, _time
-from meshkit._time import running_loop
-from meshkit.errors import Closed
 from meshkit.events import Observer
 from meshkit.logger import Logger, ServiceLog
 from meshkit.runtime.behavior import Broadcast, Local, Request
 from meshkit.runtime.calls import Replies
 from meshkit.runtime.frame import Prover, Trust
 from meshkit.runtime.graph import Graph
+from meshkit.runtime.host import Host
 from meshkit.runtime.identity import Identity
 from meshkit.runtime.journal import Journal, MessageDropped, RuntimeStats
 from meshkit.runtime.letters import DeadLetter, DeadLetters
 from meshkit.runtime.life import Life
 from meshkit.runtime.message import check_name
 from meshkit.runtime.presence import Peer, Presence
-from meshkit.runtime.service import Service, ServiceFailed
+from meshkit.runtime.service import Service
 from meshkit.runtime.transport import Alone, Transport
 
 __all__ = ["Runtime"]
@@ -45,7 +42,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 
-class Runtime:
+class Runtime(Host):
     """One node: services, and the messages between them and those of other nodes.
 
     `async with` it, or `await rt.start()` and `await rt.stop()`, from any tasks: it lives in a task of its own. When it
@@ -59,13 +56,13 @@ class Runtime:
             that will do only where no message leaves the process.
         trust: The ids of the nodes whose messages are taken, or a function that is given an id; by default all.
         heartbeat: Seconds between its signs of life; a node that is silent for three of its own is gone. None: it gives
-            none, and is not found by those who ask any node.
+            none, so that nobody notices when it falls silent, and who asks any node asks it only if no other is known.
         logger: Where its services log; by default a `Logger` of its own, which is closed when it stops.
         disabled_loggers: Names of services that log nothing.
         verbose_loggers: Names of services that log debug lines, and each event at once.
         grace: Seconds that handlers have to finish when it stops.
         max_dead_letters: Dead letters that are kept; beyond, the oldest is forgotten.
-        observer: Is given a `MessageDropped`, a `PeerUp` or a `PeerGone` when that happens.
+        observer: Is given a `MessageSent`, `MessageDropped`, `PeerUp` or `PeerGone` when that happens.
     """
 
     def __init__(
@@ -84,7 +81,7 @@ class Runtime:
         max_dead_letters: int = 1_000,
         observer: Observer | None = None,
     ) -> None:
-        self.name = check_name("the name of a node", name)
+        super().__init__(check_name("the name of a node", name))
         self.node = self.name if identity is None else identity.node_id
         self.services = tuple(services)
         self.grace = _check.duration("grace", grace, zero=True)
@@ -103,9 +100,6 @@ class Runtime:
             )
         self._own_logger = logger is None
         self.logger = self._new_logger() if logger is None else logger
-        self._life: Life | None = None  # the present run, or the last one
-        self._body: asyncio.Task[object] | None = None  # the task inside `async with`
-        self._body_cancelled = False
 
     def _new_logger(self) -> Logger:
         disabled, verbose = self._loggers
@@ -114,17 +108,6 @@ class Runtime:
     def __repr__(self) -> str:
         services = ", ".join(getattr(service, "name", "?") for service in self.services)
         return f"Runtime({self.name!r}, services=[{services}], {self._state})"
-
-    @property
-    def _state(self) -> str:
-        life = self._life
-        if life is None:
-            return "not started"
-        if life.home.ended:
-            return "stopped"
-        if not life.home.is_open:
-            return "starting"
-        return "draining" if life.router.intake.draining else "running"
 
     # --- messages
 
@@ -156,14 +139,16 @@ class Runtime:
     ) -> R:
         """Ask the node `to` and return its reply. To ask this node itself is fine.
 
-        Without `to`, any node that is up and handles the kind is asked, each time another one; if it refuses, the next.
+        Without `to`, any node that is up and handles the kind is asked, each time another one; if it refuses, the next,
+        within the same `timeout`.
         The handler is given what is left of `timeout`, or of the enclosing anyio deadline if that is sooner. It is
         cancelled when this gives up or is cancelled. `id` repeats an earlier request: if that one is still being
         handled, this joins it; if it was answered within the last minute, this gets the same answer.
 
         Raises:
             TypeError: The payload is not of the declared type, or cannot be encoded.
-            ValueError: The payload is too large for a frame, or a call with this `id` is pending already.
+            ValueError: The payload is too large for a frame, a call with this `id` is pending already, or `id` is given
+                without `to`.
             Refused: It did not run: `Unreachable`, `NoHandler`, `NotAccepted`, `RateLimited`, `Overloaded` or
                 `Draining`; ask later, or another node.
             MalformedFrame: It did not run: the other node declares another payload.
@@ -233,7 +218,7 @@ class Runtime:
         return Journal().explain(message_id) if self._life is None else self._life.router.journal.explain(message_id)
 
     def describe(self) -> str:
-        """Return what messages go through on their way to each handler, one line for each kind and version."""
+        """Return the stages of each kind that is handled here, by version: on the way out, and on the way in."""
         routes = self._running().router.intake.routes
         return "\n".join(str(routes[key]) for key in sorted(routes))
 
@@ -245,43 +230,14 @@ class Runtime:
         """Return what has happened since the last start."""
         return RuntimeStats() if self._life is None else self._life.router.stats()
 
-    def _running(self) -> Life:
-        life = self._life
-        if life is None:
-            raise RuntimeError(f"node {self.name!r} is not running: use `async with`, or `await rt.start()`")
-        if life.over:
-            raise Closed(name=f"node {self.name!r}") from life.failure
-        self._require_its_loop(life)
-        return life
-
-    def _require_its_loop(self, life: Life) -> None:
-        if running_loop() is not life.home.loop:
-            raise RuntimeError(
-                f"node {self.name!r} runs on another event loop: await it there; from other threads, "
-                "through anyio.from_thread or asyncio.run_coroutine_threadsafe"
-            )
-
     # --- its life
 
-    async def start(self) -> None:
-        """Start the services in order; return when all are ready. Where one fails, those that had started are stopped.
-
-        Cancelled meanwhile, it undoes what it had done before it passes that on.
-
-        Raises:
-            ValueError: Something is declared wrongly; the message names every fault.
-            ServiceFailed: A service failed to start, or took too long; `__cause__` says why.
-            Exception: What the transport raised.
-        """
-        if self._life is not None:
-            if not self._life.home.ended:
-                raise RuntimeError(f"node {self.name!r} is {self._state} already")
-            if self._own_logger:
-                self.logger = self._new_logger()
+    def _new_life(self) -> Life:
+        if self._life is not None and self._own_logger:
+            self.logger = self._new_logger()
         graph = Graph(self.name, self.services)
         end_of_log = self.logger.close if self._own_logger else self.logger.flush
-        self._life = Life(self, graph, self._transport, self._prover(), self._cancel_body, end_of_log)
-        await self._told(self._life.home.open())
+        return Life(self, graph, self._transport, self._prover(), self._cancel_body, end_of_log)
 
     def _prover(self) -> Prover | None:
         """Return what proves what this node sends, if that must be."""
@@ -293,71 +249,6 @@ class Runtime:
         if transport.exposed and self._trust is None:
             raise ValueError(f"node {self.name!r} can be reached by strangers: say with trust= whom it trusts")
         return Prover(self._identity, trust=self._trust, started=_time.wall())
-
-    async def stop(self) -> None:
-        """Stop, and return when everything has ended. Harmless where it does not run.
-
-        Requests of other nodes are refused with `Draining`; handlers have `grace` seconds to finish what was accepted,
-        then they are cancelled; services stop in reverse order; calls that still wait fail with `Closed`.
-
-        Cancelled meanwhile, it hurries: what it is doing is cut short, and when everything has ended, the cancellation
-        is passed on. Called by a handler or background task of its own it does not wait: it would wait for itself.
-
-        Raises:
-            ServiceFailed: A background task had failed too often, or the `stop` of a service failed.
-        """
-        life = self._life
-        if life is None or life.home.need_not_close:
-            return
-        self._require_its_loop(life)
-        if life.owns(asyncio.current_task()):
-            life.home.ask_to_close()
-        else:
-            await self._told(life.home.close())
-
-    async def wait(self) -> None:
-        """Wait until it has stopped, for whatever reason.
-
-        Raises:
-            ServiceFailed: It stopped because a background task failed too often.
-            RuntimeError: It was never started.
-        """
-        if self._life is None:
-            raise RuntimeError(f"node {self.name!r} is not running")
-        self._require_its_loop(self._life)
-        await self._told(self._life.home.wait())
-
-    async def _told(self, end: Coroutine[Any, Any, None]) -> None:
-        """Await `end`; each one who is told about a failure gets an error of their own."""
-        failure: ServiceFailed | None = None
-        try:
-            await end
-        except ServiceFailed as error:
-            failure = error
-        if failure is not None:
-            fresh = ServiceFailed(node=failure.node, service=failure.service, what=failure.what)
-            raise fresh from failure.__cause__
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        self._body = asyncio.current_task()
-        if self._life is not None and self._life.failure is not None:
-            self._cancel_body()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        body, self._body = self._body, None
-        cancelled, self._body_cancelled = self._body_cancelled, False
-        if cancelled and body is asyncio.current_task() and body is not None:
-            body.uncancel()
-        await self.stop()
-
-    def _cancel_body(self) -> None:
-        """End the body of `async with`, if the task that entered it still runs: its runtime has failed."""
-        if self._body is not None and not self._body.done():
-            self._body_cancelled = self._body.cancel()
 
 
 def _names(names: Iterable[str]) -> Iterable[str]:

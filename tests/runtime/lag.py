@@ -11,7 +11,7 @@ from meshkit.transports import MemoryHub
 
 
 class LaggingHub(MemoryHub):
-    """Each frame is on its way for `lag` seconds, and so is the news that a node has left. On a link, all is in order."""
+    """Each frame is on its way for `lag` seconds, and so is the news that a node has left; on a link, all in order."""
 
     def __init__(self, lag: float) -> None:
         super().__init__()

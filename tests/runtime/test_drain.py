@@ -193,7 +193,7 @@ async def test_who_waits_for_a_handler_that_never_began_is_told_so_before_the_go
 
 
 async def test_what_has_not_left_when_its_node_is_gone_was_not_executed() -> None:
-    async with mesh("alice", "bob") as (hub, [alice, bob], _):
+    async with mesh("alice", "bob") as (hub, [alice, _], _):
         await settle()
         asked = asyncio.create_task(alice.call(STORE, Store("x"), to="bob"))
         await asyncio.sleep(0)  # it is in the outbox

@@ -5,8 +5,7 @@ import math
 from typing import Any, cast
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from meshkit.errors import CallTimeout, PeerLost, Unreachable
 from meshkit.events import Event
@@ -48,8 +47,7 @@ def test_who_is_up_is_who_was_heard_of_lately(steps: list[tuple[str, str, float,
             gone = {node for node, until in model.items() if until <= time}
             assert set(presence.fallen_silent(time)) == gone
             silent |= gone
-            for node in gone:
-                del model[node]
+            model = {node: until for node, until in model.items() if node not in gone}
         assert presence.peers.keys() == model.keys()
         assert presence.silent.keys() == silent
         assert presence.wake_at() == min(model.values(), default=math.inf)
@@ -97,7 +95,7 @@ async def test_nodes_that_meet_know_each_other_by_name_and_by_what_they_handle()
         async with Node("bob", hub=hub) as bob:
             await settle()
             assert alice.peers == {"bob": Peer("bob", "bob")}
-            assert bob.peers == {"alice": Peer("alice", "alice", alice.peers and KINDS)}
+            assert bob.peers == {"alice": Peer("alice", "alice", KINDS)}
         assert alice.peers == {}
         assert told.news == [
             PeerUp(Peer("bob", "bob")),
