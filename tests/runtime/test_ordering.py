@@ -266,20 +266,21 @@ async def test_each_sender_has_an_order_of_its_own() -> None:
 async def test_none_is_a_key_like_any_other() -> None:
     kind = local("log:none", int, order_by=lambda msg: None)
 
+    seen: list[tuple[int, float]] = []
+
     class One(Service):
         name = "one"
-        seen: list[tuple[int, float]] = []
 
         @handles(kind)
         async def one(self, msg: Message[int]) -> None:
             await asyncio.sleep(1)
-            self.seen.append((msg.payload, now()))
+            seen.append((msg.payload, now()))
 
     async with Node("alice", One()) as alice:
         for number in range(3):
             await alice.emit(kind, number)
         await asyncio.sleep(10)
-    assert One.seen == [(0, 1), (1, 2), (2, 3)]
+    assert seen == [(0, 1), (1, 2), (2, 3)]
 
 
 async def test_no_key_starves_while_others_flood() -> None:

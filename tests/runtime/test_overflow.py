@@ -43,10 +43,16 @@ class Box(Service):
     @handles(NEWEST)
     @handles(OLDEST)
     @handles(ORDERED)
+    async def take(self, msg: Message[int]) -> None:
+        await self.see(msg.payload)
+
     @handles(FRESH)
     @handles(TOLD)
-    async def take(self, msg: Message[Any]) -> None:
-        self.seen.append(msg.payload)
+    async def take_bytes(self, msg: Message[bytes]) -> None:
+        await self.see(msg.payload)
+
+    async def see(self, payload: object) -> None:
+        self.seen.append(payload)
         await asyncio.sleep(1)
 
     @handles(ASKED)
@@ -133,13 +139,14 @@ async def test_what_waits_to_be_retried_counts_and_is_the_oldest() -> None:
     policy = RetryPolicy(max_retries=3, base_delay=5.0, max_delay=5.0, jitter=False)
     kind = local("box:retried", int, overflow="drop_oldest", max_mailbox=2, retry=policy)
 
+    seen: list[int] = []
+
     class Failing(Service):
         name = "failing"
-        seen: list[int] = []
 
         @handles(kind)
         async def take(self, msg: Message[int]) -> None:
-            self.seen.append(msg.payload)
+            seen.append(msg.payload)
             raise ValueError
 
     async with Node("bob", Failing()) as bob:
@@ -149,7 +156,7 @@ async def test_what_waits_to_be_retried_counts_and_is_the_oldest() -> None:
             assert bob.stats().queued <= 2
         assert bob.stats().cancelled == 2
         await asyncio.sleep(5)
-        assert Failing.seen == [0, 1, 2, 3, 2, 3]
+        assert seen == [0, 1, 2, 3, 2, 3]
         assert balanced(bob)
 
 
@@ -326,18 +333,17 @@ async def test_a_background_task_may_wait_for_the_mailbox_of_its_own_service() -
 async def test_a_message_that_was_put_is_never_lost_nor_doubled(overflow: Overflow) -> None:
     kind = local("box:any", int, overflow=overflow, max_mailbox=5, max_concurrent=2)
 
-    class Any_(Service):
-        name = "any"
-        seen: list[int] = []
+    seen: list[int] = []
+
+    class Irregular(Service):
+        name = "irregular"
 
         @handles(kind)
         async def take(self, msg: Message[int]) -> None:
             await asyncio.sleep(0.1 * (msg.payload % 3))
-            self.seen.append(msg.payload)
+            seen.append(msg.payload)
 
-    service = Any_()
-    service.seen = []
-    async with Node("alice", service) as alice:
+    async with Node("alice", Irregular()) as alice:
         refused = 0
 
         async def emit(number: int) -> None:
@@ -354,7 +360,7 @@ async def test_a_message_that_was_put_is_never_lost_nor_doubled(overflow: Overfl
         await asyncio.sleep(10)
         stats = alice.stats()
         dropped = sum(stats.dropped.values())
-        assert len(set(service.seen)) == len(service.seen) == stats.handled
+        assert len(set(seen)) == len(seen) == stats.handled
         assert stats.handled + stats.cancelled + dropped == 100
         assert (stats.handled == 100) is (overflow == "wait")
         assert refused == (dropped if overflow == "refuse" else 0)
