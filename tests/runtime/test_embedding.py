@@ -186,7 +186,7 @@ def test_a_plain_script_needs_nothing_else() -> None:
         asyncio.run(main())
     """
     ended = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", "-c", textwrap.dedent(script)],
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(script)],
         capture_output=True,
         text=True,
         check=False,
