@@ -223,7 +223,7 @@ class Prover:
         raise UnknownSender from cause
 
 
-def claimed_sender(frame: bytes) -> str:
+def claimed_sender(frame: object) -> str:
     """Return the node that a frame says it is from, which nothing proves; "" if it says nothing of that."""
     if not isinstance(frame, bytes) or len(frame) < _HEADER.size or frame[0] != _VERSION or frame[1] not in _LEAST_BODY:
         return ""

@@ -14,7 +14,9 @@ from typing import Any
 import msgspec
 
 from meshkit.logger import Logger
-from meshkit.runtime import Message, Runtime, Service, handles, local, request
+from meshkit.runtime import Identity, Message, Runtime, Service, handles, local, request
+from meshkit.runtime.frame import Prover
+from meshkit.runtime.wire import Tell, decode, encode, encode_payload
 from meshkit.transports import MemoryHub, MemoryTransport
 from tests.bench.harness import Compare, Fact, Measure
 
@@ -209,6 +211,23 @@ def import_time(_: int) -> float:
         return float(python(f"{before}t = time.thread_time()\nimport {name}\nprint((time.thread_time() - t) * 1000)"))
 
 
+def seal_and_open(messages: int, *, coded: bool = False) -> Any:
+    """Return a round that seals and opens bundles of so many messages; if `coded`, it also encodes and decodes them."""
+
+    def rounds(n: int) -> None:
+        alice, bob = (Prover(Identity.generate(), started=0.0, max_remembered=n) for _ in "ab")
+        tell = Tell("5f" * 16, "bench:tick", 1, 1e9, encode_payload(Number(1)))
+        wires, to, now = [tell] * messages, bob.identity.node_id, 1e9
+        bundle = encode(wires)
+        for _ in range(n):
+            if coded:
+                decode(bob.open(alice.seal(to, encode(wires), now), now).bundle)
+            else:
+                bob.open(alice.seal(to, bundle, now), now)
+
+    return rounds
+
+
 def measures() -> list[Measure]:
     """Return the comparisons."""
     return [
@@ -223,6 +242,12 @@ def measures() -> list[Measure]:
             )
             for name, ours in (("call of its own node", own_call), ("call through the hub", hub_call))
             for callers in (1, 1000)
+        ),
+        Compare(
+            "sealing and opening a bundle of 50 messages / of one", seal_and_open(1), seal_and_open(50), 10_000, goal=2
+        ),
+        Compare(
+            "the same, with encoding and decoding", seal_and_open(1, coded=True), seal_and_open(50, coded=True), 5_000
         ),
         Fact("an idle runtime", lambda n: asyncio.run(bytes_of_idle_runtimes(n)), 1_000, "bytes", rounds=1),
         Fact("a pending call", lambda n: asyncio.run(bytes_of_pending_calls(n)), 100_000, "bytes", rounds=1),

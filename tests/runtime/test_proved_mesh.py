@@ -57,7 +57,7 @@ async def settle() -> None:
 
 
 def wall() -> float:
-    return cast("Any", asyncio.get_running_loop()).wall_time()
+    return cast("float", cast("Any", asyncio.get_running_loop()).wall_time())
 
 
 def prover(identity: Identity) -> Prover:
@@ -357,9 +357,11 @@ async def test_one_node_cannot_answer_or_cancel_for_another_even_if_both_are_tru
         call = asyncio.create_task(alice.call(SLEEP, 5.0, bob.node, id="id"))
         await settle()
         carol = prover(CAROL)
-        for wire in (Reply("id", encode_payload(0.0)), Failure("id", "cut"), Goodbye()):
+        answers: list[Wire] = [Reply("id", encode_payload(0.0)), Failure("id", "cut"), Goodbye()]
+        for wire in answers:
             hub.inject(alice, carol.seal(alice.node, encode([wire]), wall()), bob.node)
-        for wire in (Cancel("id"), Goodbye()):
+        orders: list[Wire] = [Cancel("id"), Goodbye()]
+        for wire in orders:
             hub.inject(bob, carol.seal(bob.node, encode([wire]), wall()), alice.node)
         assert await call == 5.0
         assert alice.stats().dropped == {("", "kind", "wrong_sender"): 2}
