@@ -4,47 +4,31 @@ A mailbox holds a bounded number of items, and of bytes. Of those whose turn it 
 `max_concurrent` at a time. There are no more workers than needed: one that takes an item wakes another one if more
 items wait, which therefore runs only when the first one waits for something. An idle mailbox keeps one worker.
 
-Rules:
-- Items with the same key (that is not None) are run one after the other, in order of arrival. One whose key is taken
-  stands in line, out of the way of the others.
-- An item that failed may rest for a while, and be run again. Meanwhile it occupies no worker, but it keeps its place:
-  in the order of arrival, within the limits, and before those with the same key.
+Rules, besides those of `Backlog`, which say whose turn it is:
+- What rests occupies no worker.
 - An item is taken and begun in one step: a worker that is cancelled loses nothing that waits.
 - Whoever waits for room gets a place in order of arrival, and nobody overtakes; a cancelled waiter gives its place to
   the next.
 """
 
 import asyncio
-import bisect
 import contextvars
-import itertools
-from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Hashable
-from typing import Any, Generic, Protocol, TypeVar
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
 
 import anyio
 
 from meshkit.errors import Closed, Overloaded
+from meshkit.runtime.backlog import Backlog, Item
 
-__all__ = ["Item", "Mailbox"]
-
-
-class Item(Protocol):
-    """What a mailbox holds: bytes, and a key if order matters. It hashes by identity; the mailbox numbers it."""
-
-    size: int
-    key: Hashable
-    number: int
+__all__ = ["Mailbox"]
 
 
 T = TypeVar("T", bound=Item)
 
 _inside: contextvars.ContextVar[object] = contextvars.ContextVar("meshkit_mailbox", default=None)
 """The mailbox of which a handler runs here, or a task that it began."""
-
-
-def _number(item: Item) -> int:
-    return item.number
 
 
 class Mailbox(Generic[T]):
@@ -69,19 +53,13 @@ class Mailbox(Generic[T]):
         max_concurrent: int,
     ) -> None:
         self.name = name
-        self.max_mailbox = max_mailbox
-        self._max_bytes = max_bytes
-        self._bytes = 0
+        self._backlog = backlog = Backlog[T](max_mailbox, max_bytes)
+        self._ready = backlog.ready
+        self._timers: dict[T, asyncio.TimerHandle] = {}  # of those that rest
         self.running = 0
         self._run = run
         self._spawn = spawn
         self._max_concurrent = max_concurrent
-        self._count = 0  # items so far
-        self._ready: deque[T] = deque()  # what can be begun, the oldest first
-        self._lines: dict[Hashable, deque[T]] = {}  # by key that is ready, runs or rests: what waits for its turn
-        self._in_line = 0  # items in them
-        self._resting: dict[T, asyncio.TimerHandle] = {}
-        self._reserved = 0
         self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()
         self._workers: set[asyncio.Task[None]] = set()
         self._started = 0  # workers so far, for their names
@@ -92,40 +70,27 @@ class Mailbox(Generic[T]):
         self.closed = False
 
     def __len__(self) -> int:
-        return len(self._ready) + self._in_line + len(self._resting)
+        return len(self._backlog)
 
     # --- into it
 
     def has_room(self, size: int = 0) -> bool:
         """Return whether an item of `size` bytes can be put now; whoever waits for a place goes first."""
-        return not self._waiters and not self.closed and self._fits(size)
-
-    def _fits(self, size: int) -> bool:
-        waiting = len(self._ready) + self._in_line + len(self._resting) + self._reserved
-        return waiting < self.max_mailbox and (self._bytes + size <= self._max_bytes or not self._bytes)
+        return not self._waiters and not self.closed and self._backlog.fits(size)
 
     def overloaded(self) -> Overloaded:
-        """Return the error that says of which it holds too much."""
-        if len(self) + self._reserved < self.max_mailbox and not self._waiters:
-            return Overloaded(name=f"{self.name}, in bytes", limit=self._max_bytes)
-        return Overloaded(name=self.name, limit=self.max_mailbox)
+        """Return the error that says of what it holds too much."""
+        backlog = self._backlog
+        if len(backlog) + backlog.reserved < backlog.max_items and not self._waiters:
+            return Overloaded(name=f"{self.name}, in bytes", limit=backlog.max_bytes)
+        return Overloaded(name=self.name, limit=backlog.max_items)
 
     def put(self, item: T, *, reserved: bool = False) -> None:
         """Put `item`, for which there is room, or a place that was reserved."""
         if reserved:
-            self._reserved -= 1
-        self._bytes += item.size
-        self._count += 1
-        item.number = self._count
-        if item.key is not None:
-            line = self._lines.get(item.key)
-            if line is not None:
-                line.append(item)
-                self._in_line += 1
-                return
-            self._lines[item.key] = deque()
-        self._ready.append(item)
-        if self._opened and not self._waking:
+            self._backlog.reserved -= 1
+        self._backlog.add(item)
+        if self._ready and self._opened and not self._waking:
             self._wake()
 
     async def reserve(self) -> None:
@@ -137,7 +102,7 @@ class Mailbox(Generic[T]):
         """
         self._require_open()
         if self.has_room():
-            self._reserved += 1
+            self._backlog.reserved += 1
             return
         if _inside.get() is self:
             raise self.overloaded()
@@ -159,24 +124,17 @@ class Mailbox(Generic[T]):
 
     def release(self) -> None:
         """Give back a place that was reserved."""
-        self._reserved -= 1
+        self._backlog.reserved -= 1
         self._admit()
         self._notice_quiet()
 
     def discard(self, item: T) -> bool:
         """Take `item` out, unless it runs or has ended; return whether it was in. Cost: O(what waits)."""
-        if item in self._resting:
-            self._resting.pop(item).cancel()
-            self._end_turn(item)
-        elif item in self._ready:
-            self._ready.remove(item)
-            self._end_turn(item)
-        elif item in self._lines.get(item.key, ()):
-            self._lines[item.key].remove(item)
-            self._in_line -= 1
-        else:
+        if not self._backlog.remove(item):
             return False
-        self._bytes -= item.size
+        timer = self._timers.pop(item, None)
+        if timer is not None:
+            timer.cancel()
         if self._ready and self._opened:
             self._wake()
         self._admit()
@@ -184,20 +142,18 @@ class Mailbox(Generic[T]):
         return True
 
     def discard_oldest(self, size: int) -> list[T]:
-        """Take out the oldest items until one of `size` bytes has room, and return them. Cost of each: O(keys)."""
+        """Take out the oldest items until one of `size` bytes fits, and return them. Cost of each: O(what waits)."""
         discarded: list[T] = []
-        while not self._fits(size):
-            lines = (line[0] for line in self._lines.values() if line)
-            oldest = min(itertools.chain(itertools.islice(self._ready, 1), self._resting, lines), key=_number)
-            self.discard(oldest)
-            discarded.append(oldest)
+        while not self._backlog.fits(size) and len(self._backlog):
+            discarded.append(self._backlog.oldest())
+            self.discard(discarded[-1])
         return discarded
 
     def _admit(self) -> None:
-        while self._waiters and self._fits(0):
+        while self._waiters and self._backlog.fits(0):
             place, _ = self._waiters.popitem(last=False)
             if not place.done():
-                self._reserved += 1
+                self._backlog.reserved += 1
                 place.set_result(None)
 
     # --- workers
@@ -242,8 +198,7 @@ class Mailbox(Generic[T]):
         while True:
             self._waking = False  # this one runs
             while self._ready and not scope.cancel_called:
-                item = self._ready.popleft()
-                self._bytes -= item.size
+                item = self._backlog.take()
                 if self._waiters:
                     self._admit()
                 if self._ready and not self._waking:
@@ -256,8 +211,8 @@ class Mailbox(Generic[T]):
                     self.running -= 1
                     if delay is not None:
                         self._rest(item, delay)
-                    elif item.key is not None:
-                        self._end_turn(item)
+                    else:
+                        self._backlog.done(item)
                     if self._quiet is not None:
                         self._notice_quiet()
                 taken += 1
@@ -272,37 +227,21 @@ class Mailbox(Generic[T]):
                 self._idle = None
 
     def _rest(self, item: T, delay: float) -> None:
-        """Run `item` again after `delay` seconds; to what comes back, the limits do not apply."""
-        self._bytes += item.size
-        self._resting[item] = asyncio.get_running_loop().call_later(delay, self._end_rest, item)
+        """Run `item` again after `delay` seconds."""
+        self._backlog.rest(item)
+        self._timers[item] = asyncio.get_running_loop().call_later(delay, self._end_rest, item)
 
     def _end_rest(self, item: T) -> None:
-        del self._resting[item]
-        self._make_ready(item)
+        del self._timers[item]
+        self._backlog.end_rest(item)
         self._wake()
-
-    def _end_turn(self, item: T) -> None:
-        """Let the next one with the key of `item` go."""
-        line = self._lines.get(item.key)
-        if line:
-            self._in_line -= 1
-            self._make_ready(line.popleft())
-        else:
-            self._lines.pop(item.key, None)
-
-    def _make_ready(self, item: T) -> None:
-        """Put what has arrived earlier where it belongs."""
-        if not self._ready or item.number < self._ready[0].number:
-            self._ready.appendleft(item)
-        else:
-            bisect.insort(self._ready, item, key=_number)
 
     # --- the end
 
     @property
     def busy(self) -> bool:
         """Whether an item waits, runs or rests, or has a place reserved."""
-        return bool(len(self) or self.running or self._reserved)
+        return bool(len(self) or self.running or self._backlog.reserved)
 
     async def quiet(self) -> None:
         """Wait until none does."""
@@ -322,11 +261,9 @@ class Mailbox(Generic[T]):
             if not place.done():
                 place.set_exception(Closed(name=self.name))
         self._waiters.clear()
-        for timer in self._resting.values():
+        for timer in self._timers.values():
             timer.cancel()
-        left = sorted(itertools.chain(self._ready, self._resting, *self._lines.values()), key=_number)
-        for items in (self._ready, self._resting, self._lines):
-            items.clear()
-        self._in_line = 0
+        self._timers.clear()
+        left = self._backlog.clear()
         self._notice_quiet()
         return left

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from meshkit import _check, _time
-from meshkit.errors import Draining, MeshkitError, NoHandler, NotAccepted, Overloaded, Refused, Unreachable
+from meshkit.errors import Draining, MeshkitError, NoHandler, NotAccepted, Refused, Unreachable
 from meshkit.events import Observer
 from meshkit.logger import ServiceLog
 from meshkit.runtime.behavior import Behavior, Broadcast, Local, Request
@@ -117,7 +117,7 @@ class Router:
         elif behavior.overflow == "refuse":
             full = next(handler.mailbox for handler in route.handlers if not handler.mailbox.has_room())
             self.journal.drop(message.kind, "mailbox", "overloaded", message.id, self._node)
-            raise Overloaded(name=full.name, limit=full.max_mailbox)
+            raise full.overloaded()
         else:  # meanwhile others may come in, so that the stages are asked again
             await self.dispatcher.deliver_all(route.handlers, lambda: self.intake.admit(route, message, 0))
         return None

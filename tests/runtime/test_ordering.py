@@ -115,13 +115,13 @@ def test_the_oldest_goes_first_of_which_no_older_one_has_the_key(
                 idle = max_concurrent - sum(item.state == "runs" for item in naive.items)
                 assert not idle or naive.next(now()) is None, "a worker is free, and something could run"
             assert len(box) == len(naive.outside())
-            assert box._bytes == len(naive.outside())
+            assert box._backlog.bytes == len(naive.outside())
         if end_early:
             assert box.close() == naive.outside()
         else:
             await box.quiet()
             assert naive.there() == []
-            assert box._lines == {}
+            assert box._backlog._lines == {}
             box.close()
         assert await crew.end(20.0) == []
 
