@@ -24,12 +24,16 @@ P = TypeVar("P")
 R = TypeVar("R")
 S = TypeVar("S")
 
+MAX_DETAIL = 4096
+"""Characters that a handler may say about why it rejects a call."""
+
 
 class Reject(Exception):
     """Raised by a handler to fail a call on purpose, with a `code` that its caller can act upon.
 
-    The caller gets a `RemoteError` with this `code`, `detail` and `retryable`, and nothing is logged. Of any other
-    exception the caller learns no more than the code "internal", and the id to look for in the log.
+    The caller gets a `RemoteError` with this `code`, `detail` (its first 4,096 characters) and `retryable`, and nothing
+    is logged. Of any other exception the caller learns no more than the code "internal", and the id to look for in the
+    log.
     """
 
     def __init__(self, code: str, detail: str = "", *, retryable: bool = False) -> None:
@@ -37,7 +41,9 @@ class Reject(Exception):
         self.code = check_name("the code of a Reject", code)
         if code in {"internal", "bad_reply"}:
             raise ValueError(f"the code of a Reject cannot be {code!r}, which says that nobody chose to fail")
-        self.detail = str(detail).encode("utf-8", "backslashreplace").decode()  # a file's name may hold anything
+        self.detail = (
+            str(detail)[:MAX_DETAIL].encode("utf-8", "backslashreplace").decode()
+        )  # a file's name may hold anything
         self.retryable = bool(retryable)
 
     def __str__(self) -> str:

@@ -145,7 +145,7 @@ class Goodbye(_Travels, tag="g", frozen=True):
 
 Wire: TypeAlias = Tell | Ask | Reply | Failure | Cancel | Beat | Goodbye
 
-_MAX_REASON = 200  # characters
+_MAX_REASON = 1_000  # characters of what an error says
 _ENCODER = msgspec.msgpack.Encoder()
 _BUNDLE = Annotated[list[Wire], msgspec.Meta(max_length=MAX_BUNDLE)]
 _DECODER: msgspec.msgpack.Decoder[list[Wire]] = msgspec.msgpack.Decoder(_BUNDLE)
@@ -193,9 +193,9 @@ def refusal(call_id: str, error: MeshkitError) -> Failure:
         case NoHandler():
             return Failure(call_id, "no_handler")
         case NotAccepted():
-            return Failure(call_id, "not_accepted", error.reason)
+            return Failure(call_id, "not_accepted", error.reason[:_MAX_REASON])
         case MalformedFrame():
-            return Failure(call_id, "malformed", error.reason)
+            return Failure(call_id, "malformed", error.reason[:_MAX_REASON])
         case Overloaded():
             return Failure(call_id, "overloaded", error.name, error.limit)
         case RateLimited():
@@ -205,7 +205,7 @@ def refusal(call_id: str, error: MeshkitError) -> Failure:
         case Draining():
             return Failure(call_id, "draining")
         case _:
-            return Failure(call_id, "not_accepted", str(error))
+            return Failure(call_id, "not_accepted", str(error)[:_MAX_REASON])
 
 
 def to_error(failure: Failure, node: str, kind: str, me: str) -> MeshkitError:

@@ -3,13 +3,13 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import anyio
 import pytest
 
-from meshkit.errors import CallTimeout, PeerLost, RemoteError, Unreachable
-from meshkit.runtime import Identity, MessageDropped, Peer
+from meshkit.errors import CallTimeout, MalformedFrame, PeerLost, RemoteError, Unreachable
+from meshkit.runtime import Identity, Message, MessageDropped, Peer, Reject, Service, handles, request, router
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.outbox import PLAIN
 from meshkit.runtime.wire import Ask, Beat, Cancel, Failure, Goodbye, Reply, Tell, Wire, encode, encode_payload
@@ -17,6 +17,7 @@ from meshkit.testing import CancellationPoint
 from meshkit.transports import MemoryHub
 from tests.runtime.nodes import ODD, SLEEP, STORE, TEASE, Node, Stash, Store, StoreAck, everywhere, plain
 
+ASK = request("verbose:ask", str, reply=str)
 ALICE, BOB, CAROL, EVE = (Identity.from_seed(letter * 32) for letter in (b"a", b"b", b"c", b"e"))
 
 
@@ -440,3 +441,54 @@ def test_trust_needs_an_identity() -> None:
 async def test_trust_that_can_never_be_is_refused_at_the_start(trust: Any) -> None:
     with pytest.raises((ValueError, TypeError)):
         await start(exposed=False, identity=ALICE, trust=trust)
+
+
+def test_names_are_short_since_others_remember_them() -> None:
+    Node("x" * 255)
+    with pytest.raises(ValueError, match="the name of a node must have at most 255 characters, not 256"):
+        Node("x" * 256)
+
+
+async def test_a_node_handles_so_many_kinds_as_others_remember(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router, "MAX_KINDS", 2)
+    with pytest.raises(ValueError, match="handles 3 kinds of requests, of which it may have 2"):
+        async with proved(ALICE):
+            pass
+
+
+async def test_a_refusal_with_more_to_say_than_fits_into_a_frame_reaches_its_caller() -> None:
+    class Verbose(Service):
+        name = "verbose"
+
+        @handles(ASK)
+        async def ask(self, msg: Message[str]) -> str:
+            raise Reject("quota", msg.payload * 2_000_000)
+
+    hub = MemoryHub()
+    async with (
+        Node("alice", hub=hub, identity=ALICE) as alice,
+        Node("bob", Verbose(), hub=hub, identity=BOB) as bob,
+    ):
+        with pytest.raises(RemoteError) as caught:
+            await alice.call(ASK, "x", bob.node)
+        assert (caught.value.code, caught.value.detail) == ("quota", "x" * 4_096)
+
+
+async def test_a_refusal_that_quotes_a_large_payload_reaches_its_caller() -> None:
+    choose = request("verbose:ask", cast("type[str]", Literal["yes", "no"]), reply=str)
+
+    class Choosy(Service):
+        name = "choosy"
+
+        @handles(choose)
+        async def yes_or_no(self, msg: Message[str]) -> str:
+            return msg.payload
+
+    hub = MemoryHub()
+    async with (
+        Node("alice", hub=hub, identity=ALICE) as alice,
+        Node("bob", Choosy(), hub=hub, identity=BOB) as bob,
+    ):
+        with pytest.raises(MalformedFrame) as caught:
+            await alice.call(ASK, "x" * 1_000_000, bob.node)
+        assert len(caught.value.reason) <= 1_000

@@ -55,7 +55,7 @@ def packed(value: object) -> bytes:
 def refused(data: bytes) -> str:
     with pytest.raises(MalformedFrame) as caught:
         decode(data)
-    assert len(str(caught.value)) < 300
+    assert len(str(caught.value)) < 1_100
     return str(caught.value)
 
 
@@ -164,7 +164,7 @@ def test_bytes_that_are_made_to_break_decoders_are_malformed(data: bytes) -> Non
 
 
 def test_what_the_decoder_quotes_of_hostile_bytes_is_cut_short() -> None:
-    assert len(refused(packed([["x" * 900_000]]))) < 300
+    assert len(refused(packed([["x" * 900_000]]))) < 1_100
 
 
 scalars = (
