@@ -624,3 +624,14 @@ async def test_thousands_of_concurrent_calls_each_get_their_own_reply() -> None:
         calls = [alice.call(STORE, Store("x", bytes(number % 500)), to="bob", timeout=60) for number in range(3000)]
         sizes = [ack.size for ack in await asyncio.gather(*calls)]
         assert sizes == [number % 500 for number in range(3000)]
+
+
+async def test_a_call_that_uses_the_id_of_one_that_was_lost_in_the_same_turn_is_not_lost_with_it() -> None:
+    async with mesh("alice", "bob") as (_, [alice, _], _):
+        lost = asyncio.create_task(alice.call(SLEEP, 100.0, to="bob", id="5f"))
+        await settle()
+        lost.cancel()
+        again = asyncio.create_task(alice.call(SLEEP, 1.0, to="alice", id="5f"))
+        cast("Any", alice)._life.router.intake.give_up("bob")
+        assert await again == 1.0
+        assert lost.cancelled()

@@ -2,14 +2,14 @@
 
 import asyncio
 import random
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from meshkit.errors import CallTimeout, Draining, MeshkitError, PeerLost, Refused, Unreachable
 from meshkit.retrier import Retrier, RetryPolicy
 from meshkit.runtime import Message, Service, handles, request
-from meshkit.runtime.wire import Ask, Goodbye, encode_payload
+from meshkit.runtime.wire import Ask, Goodbye, Reply, encode_payload
 from meshkit.transports import MemoryHub
 from tests.runtime.lag import LaggingHub
 from tests.runtime.nodes import SLEEP, STORE, TEASE, Node, Stash, Store, mesh, plain
@@ -276,3 +276,15 @@ async def test_each_error_of_a_node_that_leaves_says_whether_the_work_ran() -> N
                     assert number in done
             assert balanced(bob)
             assert alice.stats().pending == 0
+
+
+async def test_an_answer_of_the_last_moment_arrives_before_the_goodbye() -> None:
+    """Though something for every node has waited to be sent since before it, in the same turn of the loop."""
+    async with mesh("alice", "bob") as (_, [alice, bob], _):
+        asked = asyncio.create_task(alice.call(SLEEP, 100.0, to="bob", id="5f"))
+        await settle()
+        router = cast("Any", bob)._life.router
+        await bob.emit(TEASE, "x")
+        router._answer("alice", Reply("5f", encode_payload(1.0)))
+        router.say_goodbye()
+        assert await asked == 1.0
