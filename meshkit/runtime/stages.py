@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from msgspec import Struct
 from msgspec.structs import replace
 
 from meshkit.events import report
@@ -39,8 +40,7 @@ RECEIVE = ("frame", "kind", "version", "decode", "upgrade", "dedupe", "rate_limi
 _PLACES = {"emit": ("prove",), "receive": ("decode", "dedupe", "rate_limit", "filter", "deadline", "mailbox")}
 
 
-@dataclass(frozen=True, slots=True)
-class Continue:
+class Continue(Struct, frozen=True):
     """Go on with this message, which may have another payload than came; nothing else of it may be another."""
 
     message: Message[Any]
@@ -161,6 +161,8 @@ class Pipeline:
 
     def run(self, message: Message[Any]) -> Continue | Stopped:
         """Return with what to go on, and what to do then; or what stopped it, and where. Changes nothing yet."""
+        if not self._steps:
+            return Continue(message)
         thens: list[Callable[[], object]] = []
         for name, run, _ in self._steps:
             try:

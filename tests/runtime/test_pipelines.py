@@ -51,9 +51,9 @@ def taker(behavior: Behavior[Any], name: str = "taker", **members: Any) -> Any:
         seen.append(msg.payload)
         return msg.payload
 
-    return type(
-        "Taker", (Service,), {"name": name, "take": handles(cast("Any", behavior))(take), "seen": seen, **members}
-    )()
+    members |= {"name": name, "take": handles(cast("Any", behavior))(take), "seen": seen}
+    made = cast("Callable[[], Any]", type("Taker", (Service,), members))
+    return made()
 
 
 async def settled() -> None:
