@@ -145,11 +145,9 @@ class Dispatcher:
                 held = None
             await full.reserve()
             held = full
+        passed: Continue | None = None
         try:
             passed = admit()
-        except BaseException:
-            passed = None
-            raise
         finally:
             if passed is None and held is not None:
                 held.release()
