@@ -70,7 +70,7 @@ def test_the_story_of_what_is_sent_begins_with_where_it_was_sent() -> None:
         alice, bob = nodes()
         async with alice:
             message_id = await alice.emit(SHOUT, b"")
-            assert alice.explain(message_id).splitlines()[1:] == ["  sent to every node", "  queued for big.shout"]
+            assert alice.explain(message_id).splitlines()[1] == "  sent to every node"
             async with bob:
                 message_id = await alice.emit(SHOUT, b"", to=bob.node)
                 assert f"sent to node {bob.node!r}" in alice.explain(message_id)
