@@ -51,7 +51,8 @@ def taker(behavior: Behavior[Any], name: str = "taker", **members: Any) -> Any:
         seen.append(msg.payload)
         return msg.payload
 
-    members |= {"name": name, "take": handles(cast("Any", behavior))(take), "seen": seen}
+    mark = cast("Callable[[Any], Any]", handles(cast("Any", behavior)))
+    members |= {"name": name, "take": mark(take), "seen": seen}
     made = cast("Callable[[], Any]", type("Taker", (Service,), members))
     return made()
 
