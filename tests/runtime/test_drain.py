@@ -9,7 +9,8 @@ import pytest
 from meshkit.errors import CallTimeout, Draining, MeshkitError, PeerLost, Refused, Unreachable
 from meshkit.retrier import Retrier, RetryPolicy
 from meshkit.runtime import Message, Service, handles, request
-from meshkit.runtime.wire import Ask, Goodbye, Reply, encode_payload
+from meshkit.runtime.outbox import PLAIN
+from meshkit.runtime.wire import Ask, Goodbye, Reply, Tell, Wire, decode, encode_payload
 from meshkit.transports import MemoryHub
 from tests.runtime.lag import LaggingHub
 from tests.runtime.nodes import SLEEP, STORE, TEASE, Node, Stash, Store, mesh, plain
@@ -278,13 +279,24 @@ async def test_each_error_of_a_node_that_leaves_says_whether_the_work_ran() -> N
             assert alice.stats().pending == 0
 
 
-async def test_an_answer_of_the_last_moment_arrives_before_the_goodbye() -> None:
-    """Though something for every node has waited to be sent since before it, in the same turn of the loop."""
-    async with mesh("alice", "bob") as (_, [alice, bob], _):
-        asked = asyncio.create_task(alice.call(SLEEP, 100.0, to="bob", id="5f"))
+async def test_a_goodbye_is_the_last_that_is_heard_of_a_node() -> None:
+    """Though something for every node has waited to be sent since before an answer, in the same turn of the loop."""
+    heard: list[Wire] = []
+
+    class Listens:
+        def received(self, sender: str, frame: bytes) -> None:
+            heard.extend(decode(frame.removeprefix(PLAIN)))
+
+        def lost(self, node: str) -> None:
+            pass
+
+    async with mesh("bob") as (hub, [bob], _):
+        hub.join("zoe", Listens())
         await settle()
+        heard.clear()
         router = cast("Any", bob)._life.router
         await bob.emit(TEASE, "x")
-        router._answer("alice", Reply("5f", encode_payload(1.0)))
+        router._answer("zoe", Reply("5f", encode_payload(1.0)))
         router.say_goodbye()
-        assert await asked == 1.0
+        assert [type(wire) for wire in heard] == [Tell, Reply, Goodbye]
+        hub.leave("zoe")
