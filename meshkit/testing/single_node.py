@@ -24,7 +24,7 @@
 import asyncio
 import contextlib
 import enum
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final, TypeVar, overload
@@ -106,7 +106,7 @@ class TestRuntime(Runtime):
     ) -> None:
         self._others = _Others(peers)
         super().__init__(name, services, transport=self._others, heartbeat=None, logger=logger, observer=observer)
-        if name in self._others.calls:
+        if name in self._others.peers:
             raise ValueError(f"peers must be other nodes, and {name!r} is this one")
 
     async def start(self) -> None:
@@ -215,11 +215,11 @@ class TestRuntime(Runtime):
             raise ValueError(f"what {sender!r} sends to itself is not injected: use emit() or call()")
         self._running()
         behavior.check(payload)
-        calls = self._others.join(sender)
+        self._others.join(sender)
         message_id = self._others.new_id()
         message = Message(message_id, behavior.kind, sender, payload, _time.wall())
         if isinstance(behavior, Request):
-            return await calls.call(behavior, message, self.node, timeout)
+            return await self._others.calls[sender].call(behavior, message, self.node, timeout)
         tell = Tell(message_id, behavior.kind, behavior.version, message.time, encode_payload(payload))
         self._others.deliver(sender, tell)
         await self.advance(0)
@@ -248,7 +248,8 @@ class _Others:
         self.sent: list[Sent] = []
         self.unscripted: dict[str, None] = {}  # what was asked for without a script
         self.new_id = Ids().new
-        self.calls: dict[str, Calls] = {}  # by node: those that it makes
+        self.peers: dict[str, None] = {}
+        self.calls: dict[str, Calls] = {}  # by node: those that it makes, while the tested one runs
         self._node = ""
         self._receiver: Receiver | None = None
         self._behaviors: dict[tuple[str, int], Behavior[Any]] = {}
@@ -258,18 +259,14 @@ class _Others:
 
     # --- the transport
 
-    @property
-    def peers(self) -> Collection[str]:
-        return self.calls
-
     async def start(self, node: str, receiver: Receiver) -> None:
         self._node, self._receiver = node, receiver
-        for peer in self.calls:
+        for peer in self.peers:
             self._introduce(peer)
 
     def send(self, to: str, frame: bytes) -> None:
-        if to not in self.calls:
-            raise Unreachable(node=to, reason=f"it is none of the TestRuntime's peers: {', '.join(self.calls)}")
+        if to not in self.peers:
+            raise Unreachable(node=to, reason=f"it is none of the TestRuntime's peers: {', '.join(self.peers)}")
         for wire in decode(frame[len(PLAIN) :]):
             self._take(to, wire)
 
@@ -279,8 +276,9 @@ class _Others:
 
     async def close(self) -> None:
         self._receiver = None
-        for calls in self.calls.values():
-            calls.lost(self._node)
+        calls, self.calls = self.calls, {}
+        for of_peer in calls.values():
+            of_peer.lost(self._node)
 
     # --- what the tested node sends
 
@@ -302,7 +300,7 @@ class _Others:
 
     def script(self, behavior: Request[Any, Any], answers: Iterable[Any]) -> None:
         self._scripts[behavior.kind, behavior.version] = list(answers)
-        for peer in self.calls:
+        for peer in self.peers:
             self._introduce(peer)
 
     def _take(self, to: str | None, wire: Wire) -> None:
@@ -333,15 +331,18 @@ class _Others:
 
     # --- what others send
 
-    def join(self, node: str) -> Calls:
-        """Return the calls of another node, which joins if it is new."""
-        if node not in self.calls:
-            check_name("the name of a peer", node)
-            self.calls[node] = Calls(node, lambda _, wire, size: self.deliver(node, wire))
+    def join(self, node: str) -> None:
+        """Let another node join, if it is new."""
+        if node not in self.peers:
+            self.peers[check_name("the name of a peer", node)] = None
             self._introduce(node)
-        return self.calls[node]
 
     def _introduce(self, peer: str) -> None:
+        """Let the tested node know of a peer, and what that handles, if it runs."""
+        if self._receiver is None:
+            return
+        if peer not in self.calls:
+            self.calls[peer] = Calls(peer, lambda _, wire, size: self.deliver(peer, wire))
         self.deliver(peer, Beat(peer, tuple(sorted({kind for kind, _ in self._scripts})), _FOREVER))
 
     def deliver(self, sender: str, wire: Wire) -> None:
