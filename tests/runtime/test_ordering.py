@@ -11,6 +11,7 @@ from hypothesis import given, strategies as st
 from meshkit.errors import CallTimeout, RemoteError
 from meshkit.retrier import RetryPolicy
 from meshkit.runtime import Message, Service, broadcast, handles, local, request
+from meshkit.runtime.backlog import Backlog
 from meshkit.runtime.crew import Crew
 from meshkit.runtime.mailbox import Mailbox
 from meshkit.testing import run
@@ -126,6 +127,18 @@ def test_the_oldest_goes_first_of_which_no_older_one_has_the_key(
         assert await crew.end(20.0) == []
 
     run(main)
+
+
+def test_what_comes_back_goes_where_it_belongs() -> None:
+    backlog: Backlog[Item] = Backlog(10, 10)
+    items = [Item(number, None, 0.0, []) for number in range(4)]
+    for item in items:
+        backlog.add(item)
+    for item in [backlog.take() for _ in range(3)]:
+        backlog.rest(item)
+    for at in (0, 2, 1):
+        backlog.end_rest(items[at])
+    assert [backlog.take() for _ in items] == items
 
 
 async def settle() -> None:
