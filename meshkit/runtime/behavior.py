@@ -38,8 +38,6 @@ __all__ = [
     "Broadcast",
     "Ephemeral",
     "Local",
-    "OnError",
-    "Overflow",
     "Request",
     "broadcast",
     "ephemeral",

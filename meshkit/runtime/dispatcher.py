@@ -5,7 +5,7 @@ What follows when a handler raises is in `failures`.
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -15,6 +15,7 @@ from meshkit import _time
 from meshkit.errors import Draining, MeshkitError
 from meshkit.runtime.answers import Answers
 from meshkit.runtime.crew import Crew, take_back_cancellations
+from meshkit.runtime.delivery import Delivery, delivery_of
 from meshkit.runtime.failures import Failures
 from meshkit.runtime.graph import Graph, Handler
 from meshkit.runtime.handling import Reject
@@ -26,23 +27,7 @@ from meshkit.runtime.service import Service
 from meshkit.runtime.stages import Continue, settle
 from meshkit.runtime.wire import Failure, Reply, encode_payload, refusal
 
-__all__ = ["Delivery", "Dispatcher"]
-
-
-class Delivery(msgspec.Struct, eq=False):
-    """A message on its way to one handler."""
-
-    handler: Handler
-    message: Message[Any]
-    size: int
-    is_call: bool = False
-    key: Hashable = None
-    number: int = 0  # the mailbox counts
-    misplaced: Exception | None = None  # why `order_by` has no key for it
-    attempts: int = 1
-    caller_waits: bool = True
-    scope: anyio.CancelScope | None = None  # cancels the handler of a call, while it runs
-    again: Message[Any] | None = None  # the same request came again while its handler was being cancelled
+__all__ = ["Dispatcher"]
 
 
 class Dispatcher:
@@ -94,18 +79,6 @@ class Dispatcher:
 
     # --- into the mailbox
 
-    def _delivery(self, handler: Handler, message: Message[Any], size: int = 0, *, is_call: bool = False) -> Delivery:
-        delivery = Delivery(handler, message, size, is_call)
-        order_by = handler.behavior.order_by
-        if order_by is not None:
-            try:
-                delivery.key = (message.sender if order_by == "sender" else order_by(message),)
-                hash(delivery.key)
-            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it fails as if the handler had raised it
-                delivery.key = None
-                delivery.misplaced = error if isinstance(error, Exception) else RuntimeError("it raised CancelledError")
-        return delivery
-
     def _put(self, delivery: Delivery, *, reserved: bool = False) -> None:
         self._journal.delivered += 1
         self._journal.note(delivery.message.id, delivery.handler.queued, delivery.message.sender)
@@ -121,15 +94,16 @@ class Dispatcher:
                     self._journal.note(oldest.message.id, "given up in the mailbox: newer ones needed its place")
             if not mailbox.has_room(size):
                 return False
-        self._put(self._delivery(handler, message, size))
+        self._put(delivery_of(handler, message, size))
         return True
 
     def offer_all(self, handlers: Sequence[Handler], message: Message[Any]) -> bool:
         """Put a message into the mailboxes of all handlers; into none, and return False, if one of them has no room."""
-        if not all(handler.mailbox.has_room() for handler in handlers):
-            return False
         for handler in handlers:
-            self._put(self._delivery(handler, message))
+            if not handler.mailbox.has_room():
+                return False
+        for handler in handlers:
+            self._put(delivery_of(handler, message))
         return True
 
     async def deliver_all(self, handlers: Sequence[Handler], admit: Callable[[], Continue | None]) -> None:
@@ -153,8 +127,8 @@ class Dispatcher:
                 held.release()
         if passed is not None:
             for handler in handlers:
-                self._put(self._delivery(handler, passed.message), reserved=handler.mailbox is held)
-            settle(passed)
+                self._put(delivery_of(handler, passed.message), reserved=handler.mailbox is held)
+            settle(passed.then)
 
     def serve(self, handler: Handler, message: Message[Any], size: int) -> MeshkitError | None:
         """Put a call into the mailbox: it will be answered. Or return why not."""
@@ -163,7 +137,7 @@ class Dispatcher:
             return Draining(node=self._node)
         if not mailbox.has_room(size):
             return mailbox.overloaded()
-        delivery = self._delivery(handler, message, size, is_call=True)
+        delivery = delivery_of(handler, message, size, is_call=True)
         self.serving[message.sender, message.id] = delivery
         self._put(delivery)
         return None
@@ -202,7 +176,7 @@ class Dispatcher:
             return
         delivery.handler.mailbox.discard(delivery)
         self._journal.cancelled += 1
-        self._journal.note(call_id, f"given up by its caller before {_its_turn(delivery)}")
+        self._journal.note(call_id, f"given up by its caller before {delivery.its_turn}")
         del self.serving[caller, call_id]
 
     def lost(self, node: str) -> None:
@@ -235,7 +209,7 @@ class Dispatcher:
         try:
             if message.deadline <= _time.now():  # what has expired never starts
                 self._journal.cancelled += 1
-                self._journal.note(message.id, f"expired before {_its_turn(delivery)}")
+                self._journal.note(message.id, f"expired before {delivery.its_turn}")
                 return None
             scope.deadline = message.deadline
             if delivery.misplaced is not None:
@@ -343,7 +317,3 @@ class Dispatcher:
 
 def _fail(error: Exception) -> None:
     raise error
-
-
-def _its_turn(delivery: Delivery) -> str:
-    return "it began" if delivery.attempts == 1 else "it was handled again"

@@ -7,18 +7,15 @@ of the caller, and by the life of the mailbox; the `retry_after` of an error is 
 
 import random
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from meshkit import _time
 from meshkit._retry_policy import asked_delay
 from meshkit.retrier import Backoff
+from meshkit.runtime.delivery import Delivery
 from meshkit.runtime.graph import Handler
 from meshkit.runtime.journal import Journal
 from meshkit.runtime.letters import DeadLetter, DeadLetters
 from meshkit.runtime.service import Service
-
-if TYPE_CHECKING:
-    from meshkit.runtime.dispatcher import Delivery
 
 __all__ = ["Failures"]
 
@@ -33,7 +30,7 @@ class Failures:
         self._letters = letters
         self._escalate = escalate
 
-    def failed(self, delivery: "Delivery", error: Exception) -> float | None:
+    def failed(self, delivery: Delivery, error: Exception) -> float | None:
         """Deal with what a handler raised; return the seconds after which it is to be called again, or None."""
         delay = self._delay(delivery, error)
         if delay is None:
@@ -44,7 +41,7 @@ class Failures:
             self._journal.note(delivery.message.id, f"{delivery.handler.name} raised {error!r}: again in {delay:.3g} s")
         return delay
 
-    def _delay(self, delivery: "Delivery", error: Exception) -> float | None:
+    def _delay(self, delivery: Delivery, error: Exception) -> float | None:
         policy = delivery.handler.behavior.retry
         if policy is None or delivery.attempts > policy.max_retries or delivery.misplaced is not None:
             return None
@@ -57,7 +54,7 @@ class Failures:
         delay = max(asked, backoff.delay(delivery.attempts, random.random))
         return delay if _time.now() + delay < delivery.message.deadline else None
 
-    def give_up(self, delivery: "Delivery", error: Exception, raised: BaseException) -> None:
+    def give_up(self, delivery: Delivery, error: Exception, raised: BaseException) -> None:
         """Deal with a message that is not to be handled again."""
         self._journal.failed += 1
         stage = "handler" if delivery.misplaced is None else "order_by"

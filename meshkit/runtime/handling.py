@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast, overload
 from meshkit.runtime.behavior import Behavior, Broadcast, Local, Request
 from meshkit.runtime.message import Message, check_name
 
-__all__ = ["Reject", "behaviors_of", "handles"]
+__all__ = ["MAX_DETAIL", "Reject", "behaviors_of", "handles"]
 
 P = TypeVar("P")
 R = TypeVar("R")

@@ -152,7 +152,7 @@ class Intake:
         full = [handler for handler in route.handlers if not self._dispatcher.offer(handler, passed.message, size)]
         taken = len(full) < len(route.handlers)
         if taken:
-            settle(passed)
+            settle(passed.then)
         for handler in full:
             why = "draining" if handler.mailbox.closed else "overloaded"
             self._journal.drop(message.kind, "mailbox", why, message.id, message.sender)
@@ -185,7 +185,7 @@ class Intake:
                 handler = route.handlers[0]
                 full = self._dispatcher.serve(handler, passed.message, len(ask.payload))
                 if full is None:
-                    return settle(passed)
+                    return settle(passed.then)
                 self._journal.drop(ask.kind, "mailbox", reason_of(full), ask.id, sender)
                 answer = refusal(ask.id, full)
             if answer is not None:

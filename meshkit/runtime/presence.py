@@ -13,6 +13,7 @@ import msgspec
 
 from meshkit import _time
 from meshkit.events import Event, Observer, notify
+from meshkit.runtime.message import is_name
 from meshkit.runtime.wire import Beat
 
 __all__ = ["Heart", "Peer", "PeerGone", "PeerUp", "Presence"]
@@ -67,7 +68,7 @@ class Presence:
             return math.inf
         every = beat.every if 0 < beat.every < self.LONGEST else self.LONGEST
         self.silent.pop(node, None)
-        self.peers[node] = Peer(node, beat.name, beat.kinds, beat.draining)
+        self.peers[node] = Peer(node, beat.name if is_name(beat.name) else node, beat.kinds, beat.draining)
         self._until[node] = now + self.PATIENCE * every
         return self._until[node]
 

@@ -72,14 +72,14 @@ class Router:
         self._max_payload = math.inf if prover is None else prover.max_bundle - _ENVELOPE
         self._log = log
         self._new_id = Ids().new
+        self._wall = _time.wall_of(_time.running_loop())
         self._turns: Counter[str] = Counter()  # by kind: how often any node was asked, so that each gets its turn
 
     # --- what goes out
 
     async def emit(self, behavior: Local[P] | Broadcast[P], payload: P, to: str | None) -> str:
         """Send a message that nobody answers, and return its id."""
-        passed = self._emitted(behavior, self._new_id(), payload)
-        message = passed.message
+        message, then = self._emitted(behavior, self._new_id(), payload)
         if isinstance(behavior, Local):
             if to is not None:
                 raise ValueError(f"{behavior!r} never leaves its node, so it cannot be emitted to {to!r}")
@@ -98,7 +98,7 @@ class Router:
                 self._post(to, tell, len(encoded))
         else:
             raise TypeError(f"{behavior!r} asks for a reply: use call(), which returns it")
-        settle(passed)
+        settle(then)
         self.journal.send(message.kind, message.id, to)
         return message.id
 
@@ -113,7 +113,7 @@ class Router:
         if passed is None:
             return None
         if self.dispatcher.offer_all(route.handlers, passed.message):
-            settle(passed)
+            settle(passed.then)
         elif behavior.overflow == "refuse":
             full = next(handler.mailbox for handler in route.handlers if not handler.mailbox.has_room())
             self.journal.drop(message.kind, "mailbox", "overloaded", message.id, self._node)
@@ -130,9 +130,8 @@ class Router:
         if call_id is not None and to is None:
             raise ValueError("id needs to: only the node that was asked knows what it has answered")
         message_id = self._new_id() if call_id is None else check_id(call_id)
-        passed = self._emitted(behavior, message_id, payload)
-        message = passed.message
-        settle(passed)
+        message, then = self._emitted(behavior, message_id, payload)
+        settle(then)
         if to is not None:
             return await self._ask(behavior, message, to, timeout, repeats=call_id is not None)
         nodes = self._that_handle(behavior.kind) or self._of_whom_nothing_is_known()
@@ -198,20 +197,22 @@ class Router:
         draining = [peer.node for peer in self.presence.that_handle(kind)]
         if kind in self._graph.requests:
             draining.append(self._node)
-        return Draining(node=draining[0]) if draining else NoHandler(kind=kind, node="any")
+        return Draining(node=draining[0]) if draining else NoHandler(kind=kind, node=None)
 
     def _on_gone(self, node: str) -> None:
         self.intake.give_up(node)
 
-    def _emitted(self, behavior: Behavior[P], message_id: str, payload: P) -> Continue:
-        """Pass a message through the stages of its emission; raise what stops it."""
+    def _emitted(
+        self, behavior: Behavior[P], message_id: str, payload: P
+    ) -> tuple[Message[P], Callable[[], object] | None]:
+        """Pass a message through the stages of its emission; raise what stops it, or return what is to be done then."""
         behavior.check(payload)
-        message = Message(message_id, behavior.kind, self._node, payload, _time.wall(), behavior.version)
+        message = Message(message_id, behavior.kind, self._node, payload, self._wall(), behavior.version)
         if behavior.emitting is None:
-            return Continue(message)
+            return message, None
         passed = behavior.emitting.run(message)
         if isinstance(passed, Continue):
-            return passed
+            return passed.message, passed.then
         stage, outcome = passed.stage, passed.outcome
         if isinstance(outcome, Drop):
             self.journal.drop(message.kind, stage, outcome.reason, message.id, self._node)

@@ -55,6 +55,8 @@ class Runtime(Host):
         identity: The keys that prove what it sends; its public key is the node's id. Without one, the name is the id:
             that will do only where no message leaves the process.
         trust: The ids of the nodes whose messages are taken, or a function that is given an id; by default all.
+        window: Seconds by which the clocks of two nodes may differ: a proved message that is older, or was sent that far
+            in the future, is refused.
         heartbeat: Seconds between its signs of life; a node that is silent for three of its own is gone. None: it gives
             none, so that nobody notices when it falls silent, and who asks any node asks it only if no other is known.
         logger: Where its services log; by default a `Logger` of its own, which is closed when it stops.
@@ -73,6 +75,7 @@ class Runtime(Host):
         transport: Transport | None = None,
         identity: Identity | None = None,
         trust: Trust = None,
+        window: float = 30.0,
         heartbeat: float | None = 2.0,
         logger: Logger | None = None,
         disabled_loggers: Iterable[str] = (),
@@ -91,6 +94,7 @@ class Runtime(Host):
         self._transport: Transport = Alone() if transport is None else transport
         self._identity = identity
         self._trust = trust
+        self._window = _check.duration("window", window)
         if identity is None and trust is not None:
             raise ValueError("trust needs an identity: only nodes that have one prove who they are")
         self._loggers = (_names(disabled_loggers), _names(verbose_loggers))
@@ -248,7 +252,7 @@ class Runtime(Host):
             return None
         if transport.exposed and self._trust is None:
             raise ValueError(f"node {self.name!r} can be reached by strangers: say with trust= whom it trusts")
-        return Prover(self._identity, trust=self._trust, started=_time.wall())
+        return Prover(self._identity, trust=self._trust, window=self._window, started=_time.wall())
 
 
 def _names(names: Iterable[str]) -> Iterable[str]:

@@ -179,10 +179,10 @@ class Pipeline:
         return Continue(message, lambda: _each(thens)) if thens else Continue(message)
 
 
-def settle(passed: Continue) -> None:
+def settle(then: Callable[[], object] | None) -> None:
     """Let the stages that a message has passed remember or charge what they have to, now that it is delivered."""
-    if passed.then is not None:
-        passed.then()
+    if then is not None:
+        then()
 
 
 def _each(thens: list[Callable[[], object]]) -> None:

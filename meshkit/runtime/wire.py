@@ -60,11 +60,6 @@ MAX_KINDS = 1_000
 
 _Id: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_ID)]
 _Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
-# What a node calls itself is shown to people: nothing in it may pass for something else, as a line of a log.
-_Shown: TypeAlias = Annotated[
-    str,
-    msgspec.Meta(max_length=MAX_NAME, pattern=r"\A[^\s\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f]+\Z"),
-]
 _Time: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=253_402_300_800)]  # until the year 10000; and never NaN
 _Milliseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 
@@ -131,7 +126,7 @@ class Beat(_Travels, tag="b", frozen=True):
     Who hears one that `greets` shall say that it is up, too: with one that `answers`.
     """
 
-    name: _Shown
+    name: _Name
     kinds: Annotated[tuple[_Name, ...], msgspec.Meta(max_length=MAX_KINDS)]
     every: float
     draining: bool = False

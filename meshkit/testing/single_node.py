@@ -294,7 +294,7 @@ class _Others:
         try:
             yield
         except NoHandler as error:
-            if error.node == "any":
+            if error.node is None:
                 self._unscripted(error.kind, "any node")
             raise
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import given, strategies as st
 
 from meshkit.runtime import Identity
@@ -295,12 +296,19 @@ async def taken(*wires: Any, to_all: bool = False) -> tuple[dict[tuple[str, str,
 MALFORMED = {("", "frame", "malformed_frame"): 1}
 
 
+@pytest.mark.parametrize(
+    "name", ["", " ", "a b", "eve\nERROR all is lost", "a\x1b[2Jb", "a\u202eb", "a\u2028b", "a\u200bb"]
+)
+async def test_a_name_that_could_pass_for_something_else_is_not_shown(name: str) -> None:
+    dropped, _, peers = await taken(Beat(name, (), 1.0))
+    assert (dropped, [peer.name for peer in peers.values()]) == ({}, [ALICE.node_id])
+
+
 async def test_one_message_that_is_malformed_stops_its_bundle_and_is_counted_once() -> None:
     good = Tell("1", "social:tease", 1, 0.0, encode_payload("boo"))
     bad: list[Any] = [
         ["t", "2", "social:tease", 1, math.nan, "boo"],
         ["a", "2", "stash:store", 1, 0.0, -1, {"name": "x"}],
-        ["b", "eve\nERROR all is lost", [], 1.0],
         ["t", "x" * 1_000, "social:tease", 1, 0.0, "boo"],
     ]
     for wire in bad:

@@ -11,7 +11,7 @@ import pytest
 from meshkit.errors import Overloaded
 from meshkit.retrier import RetryPolicy
 from meshkit.runtime import Message, Service, broadcast, ephemeral, handles, local, request
-from meshkit.runtime.behavior import Overflow
+from meshkit.runtime.options import Overflow
 from meshkit.transports import MemoryHub
 from tests.runtime.nodes import Node
 from tests.runtime.test_messages import balanced

@@ -102,7 +102,7 @@ def test_a_pipeline_does_what_its_stages_say_one_after_the_other(plan: list[tupl
     assert then == [], "nothing is done while it is decided"
     if isinstance(result, Continue):
         assert end == len(plan)
-        settle(result)
+        settle(result.then)
         assert then == [*range(len(plan))]
     else:
         what, number = plan[end]

@@ -120,7 +120,7 @@ def asks_with(at: int, *values: object) -> list[list[Any]]:
         ["b", "alice", ["x" * 1_000], 1.0],
         ["b", "alice", ["x"] * (MAX_KINDS + 1), 1.0],
         ["b", "alice", ["a:b"], "1.0"],
-        *(["b", name, [], 1.0] for name in ("", " ", "x" * 256, "a b", "a\nb", "a\x1b[2Jb", "a\u202eb", "a\u2028b")),
+        ["b", "x" * 256, [], 1.0],
     ],
 )
 def test_what_is_not_as_declared_is_malformed(wire: object) -> None:
