@@ -74,10 +74,6 @@ HEAVY = {
     "structlog": {"logger"},
     "msgspec": {"runtime", "transports", "testing"},
 }
-    "nacl": {"encryptor", "meshkit.runtime.identity"},
-    "structlog": {"logger"},
-    "msgspec": {"runtime", "transports", "testing"},
-}
 
 
 def tree(module: str) -> ast.Module:

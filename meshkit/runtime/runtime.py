@@ -55,8 +55,8 @@ class Runtime(Host):
         identity: The keys that prove what it sends; its public key is the node's id. Without one, the name is the id:
             that will do only where no message leaves the process.
         trust: The ids of the nodes whose messages are taken, or a function that is given an id; by default all.
-        window: Seconds by which the clocks of two nodes may differ: a proved message that is older, or was sent that far
-            in the future, is refused.
+        window: Seconds by which the clocks of two nodes may differ: a proved message that is older, or as far ahead, is
+            refused.
         heartbeat: Seconds between its signs of life; a node that is silent for three of its own is gone. None: it gives
             none, so that nobody notices when it falls silent, and who asks any node asks it only if no other is known.
         logger: Where its services log; by default a `Logger` of its own, which is closed when it stops.
