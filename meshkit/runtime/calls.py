@@ -63,6 +63,7 @@ class Calls:
         self._post = post
         self._registry: CallRegistry[msgspec.Raw] = CallRegistry(name=f"calls of node {node!r}")
         self._loop = asyncio.get_running_loop()
+        self._now = _time.Clock().now
         self._asked: dict[str, tuple[str, str]] = {}  # by id of a call: the node that was asked, and the kind
 
     def __len__(self) -> int:
@@ -71,7 +72,7 @@ class Calls:
     async def call(self, behavior: Request[P, R], message: Message[P], to: str, timeout: float) -> R:
         """Ask the node `to`, and return its reply."""
         kind, call_id = behavior.kind, message.id
-        remaining = min(timeout, anyio.current_effective_deadline() - _time.now())
+        remaining = min(timeout, anyio.current_effective_deadline() - self._now())
         remaining = max(0.0, min(remaining, _LONGEST))  # the deadline of a scope that has been cancelled is -infinity
         encoded = encode_payload(message.payload)
         ask = Ask(call_id, kind, behavior.version, message.time, int(remaining * 1000), encoded)

@@ -5,7 +5,7 @@ What follows when a handler raises is in `failures`.
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -51,6 +51,7 @@ class Dispatcher:
         self._journal = journal
         self._answer = answer
         self._answers = Answers()
+        self._now = _time.Clock().now
         self.serving: dict[tuple[str, str], Delivery] = {}  # calls that wait, run or rest, by caller and id
         self._mailboxes: dict[str, list[Mailbox[Delivery]]] = {}  # by service; the first is that of the service itself
         for service in graph.services:
@@ -147,7 +148,7 @@ class Dispatcher:
         caller, call_id = message.sender, message.id
         delivery = self.serving.get((caller, call_id))
         if delivery is None:
-            answer = self._answers.get(caller, call_id, _time.now())
+            answer = self._answers.get(caller, call_id, self._now())
             if answer is not None:
                 self._answer(caller, answer)
             return answer is not None
@@ -161,7 +162,7 @@ class Dispatcher:
 
     def knows(self, caller: str, call_id: str) -> bool:
         """Return whether a request is being handled, or was answered."""
-        answered = self._answers.get(caller, call_id, _time.now())
+        answered = self._answers.get(caller, call_id, self._now())
         return answered is not None or (caller, call_id) in self.serving
 
     def cancel(self, caller: str, call_id: str) -> None:
@@ -186,10 +187,11 @@ class Dispatcher:
 
     # --- out of the mailbox, in a worker
 
-    async def _run(self, delivery: Delivery, scope: anyio.CancelScope) -> float | None:
+    def _run(self, delivery: Delivery, scope: anyio.CancelScope) -> Coroutine[Any, Any, float | None]:
         """Handle a message; return the seconds after which it is to be handled again, or None if that is all."""
-        if delivery.is_call:
-            return await self._serve(delivery, scope)
+        return self._serve(delivery, scope) if delivery.is_call else self._tell(delivery)
+
+    async def _tell(self, delivery: Delivery) -> float | None:
         try:
             if delivery.misplaced is not None:
                 _fail(delivery.misplaced)
@@ -207,7 +209,7 @@ class Dispatcher:
         again: float | None = None
         delivery.scope = scope
         try:
-            if message.deadline <= _time.now():  # what has expired never starts
+            if message.deadline <= self._now():  # what has expired never starts
                 self._journal.cancelled += 1
                 self._journal.note(message.id, f"expired before {delivery.its_turn}")
                 return None
@@ -254,7 +256,7 @@ class Dispatcher:
         if answer is None:
             return
         if isinstance(answer, Reply) or (answer.why == "failed" and not answer.retryable):
-            self._answers.keep(message.sender, answer, _time.now())
+            self._answers.keep(message.sender, answer, self._now())
         if delivery.caller_waits or again is not None:
             self._answer(message.sender, answer)
 

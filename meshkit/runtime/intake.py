@@ -67,6 +67,7 @@ class Intake:
         self._prover = prover
         self._journal = journal
         self._answer = answer
+        self._now = _time.Clock().now
         for route in graph.routes.values():
             route.compile(node, dispatcher.repeated)
 
@@ -176,7 +177,7 @@ class Intake:
             self._journal.drop(ask.kind, "mailbox", "draining", ask.id, sender)
             self._answer(sender, Failure(ask.id, "draining"))
         else:
-            deadline = _time.now() + ask.remaining / 1000
+            deadline = self._now() + ask.remaining / 1000
             message = Message(ask.id, ask.kind, sender, ask.payload, ask.time, ask.version, deadline)
             passed = route.pipeline.run(message)
             if isinstance(passed, Stopped):
