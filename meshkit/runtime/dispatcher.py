@@ -5,7 +5,7 @@ What follows when a handler raises is in `failures`.
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 import anyio
@@ -22,6 +22,7 @@ from meshkit.runtime.handling import Reject
 from meshkit.runtime.journal import Journal
 from meshkit.runtime.letters import DeadLetters
 from meshkit.runtime.mailbox import Mailbox
+from meshkit.runtime.mailboxes import Mailboxes
 from meshkit.runtime.message import Message
 from meshkit.runtime.service import Service
 from meshkit.runtime.stages import Continue, settle
@@ -53,30 +54,7 @@ class Dispatcher:
         self._answers = Answers()
         self._now = _time.Clock().now
         self.serving: dict[tuple[str, str], Delivery] = {}  # calls that wait, run or rest, by caller and id
-        self._mailboxes: dict[str, list[Mailbox[Delivery]]] = {}  # by service; the first is that of the service itself
-        for service in graph.services:
-            mailbox = self._new_mailbox(f"mailbox of service {service.name!r} on node {node!r}", service, crews)
-            self._mailboxes[service.name] = [mailbox]
-        for handler in graph.handlers:
-            of_service = self._mailboxes[handler.service.name]
-            handler.mailbox = of_service[0]
-            if handler.behavior.own_mailbox:
-                name = f"mailbox of {handler.behavior.kind!r} on node {node!r}"
-                handler.mailbox = self._new_mailbox(name, handler.service, crews, handler)
-                of_service.append(handler.mailbox)
-
-    def _new_mailbox(
-        self, name: str, service: Service, crews: Mapping[str, Crew], handler: Handler | None = None
-    ) -> Mailbox[Delivery]:
-        declared = None if handler is None else handler.behavior
-        return Mailbox(
-            name,
-            self._run,
-            crews[service.name].spawn,
-            max_mailbox=(declared and declared.max_mailbox) or service.max_mailbox,
-            max_bytes=service.max_mailbox_bytes,
-            max_concurrent=(declared and declared.max_concurrent) or service.max_concurrent,
-        )
+        self.mailboxes = Mailboxes(node, graph, crews, self._run)
 
     # --- into the mailbox
 
@@ -272,38 +250,16 @@ class Dispatcher:
         take_back_cancellations()
         self.failures.give_up(delivery, RuntimeError("it cancelled its own task"), error)
 
-    # --- the state, and the end
-
-    @property
-    def queued(self) -> int:
-        """How many messages wait in mailboxes, or to be retried."""
-        return sum(len(mailbox) for mailboxes in self._mailboxes.values() for mailbox in mailboxes)
-
-    @property
-    def running(self) -> int:
-        """How many messages are being handled."""
-        return sum(mailbox.running for mailboxes in self._mailboxes.values() for mailbox in mailboxes)
-
-    async def quiet(self, services: Collection[str]) -> None:
-        """Wait until no message of these services waits or is being handled."""
-        mailboxes = [mailbox for service in services for mailbox in self._mailboxes[service]]
-        while busy := [mailbox for mailbox in mailboxes if mailbox.busy]:
-            await busy[0].quiet()
-
-    def open_mailboxes(self, service: str) -> None:
-        """Let the handlers of a service begin."""
-        for mailbox in self._mailboxes[service]:
-            mailbox.open()
+    # --- the end
 
     def close_mailboxes(self, service: str) -> None:
         """Take no more messages for a service, and refuse the calls that no handler has begun."""
-        for mailbox in self._mailboxes[service]:
-            for delivery in mailbox.close():
-                self._cut(delivery)
-                if delivery.is_call:
-                    message = delivery.message
-                    del self.serving[message.sender, message.id]
-                    self._answer(message.sender, Failure(message.id, "draining" if delivery.attempts == 1 else "cut"))
+        for delivery in self.mailboxes.close(service):
+            self._cut(delivery)
+            if delivery.is_call:
+                message = delivery.message
+                del self.serving[message.sender, message.id]
+                self._answer(message.sender, Failure(message.id, "draining" if delivery.attempts == 1 else "cut"))
 
     def _cut(self, delivery: Delivery) -> None:
         self._journal.cut[delivery.message.kind] += 1

@@ -112,7 +112,7 @@ class Life:
         except Exception as error:
             raise self._failed(service, "start()") from error
         self._started.append(service)
-        self.router.dispatcher.open_mailboxes(service.name)
+        self.router.dispatcher.mailboxes.open(service.name)
 
     # --- failures
 
@@ -143,7 +143,7 @@ class Life:
     async def _drain(self, *services: Service) -> None:
         """Let handlers finish what their services have accepted, while there is grace."""
         with anyio.CancelScope(deadline=self._grace_until):
-            await self.router.dispatcher.quiet([service.name for service in services])
+            await self.router.dispatcher.mailboxes.quiet([service.name for service in services])
 
     async def _end(self) -> None:
         self.router.intake.draining = True

@@ -270,9 +270,8 @@ class Router:
 
     def stats(self) -> RuntimeStats:
         """Return what has happened so far."""
-        return self.journal.stats(
-            queued=self.dispatcher.queued, running=self.dispatcher.running, pending=len(self.calls)
-        )
+        mailboxes = self.dispatcher.mailboxes
+        return self.journal.stats(queued=mailboxes.queued, running=mailboxes.running, pending=len(self.calls))
 
     def close(self) -> None:
         """Fail every call that still waits for its answer."""

@@ -278,7 +278,7 @@ async def test_a_repeat_for_which_there_is_no_room_any_more_is_told_so() -> None
         await asyncio.sleep(1)
         alice.cancel()
         alice.ask("slow to end")
-        cast("Any", bob)._life.router.dispatcher._mailboxes["work"][0]._backlog.max_items = 0
+        cast("Any", bob)._life.router.dispatcher.mailboxes._of["work"][0]._backlog.max_items = 0
         await asyncio.sleep(15)
         assert [answer.why for answer in alice.answers] == ["overloaded"]
         assert work.runs == 1
