@@ -30,9 +30,9 @@ class Host:
         life = self._life
         if life is None:
             return "not started"
-        if life.home.ended:
+        if life.ended:
             return "stopped"
-        if not life.home.is_open:
+        if not life.is_open:
             return "starting"
         return "draining" if life.router.intake.draining else "running"
 
@@ -46,7 +46,7 @@ class Host:
         return life
 
     def _require_its_loop(self, life: Life) -> None:
-        if running_loop() is not life.home.loop:
+        if running_loop() is not life.loop:
             raise RuntimeError(
                 f"node {self.name!r} runs on another event loop: await it there; from other threads, "
                 "through anyio.from_thread or asyncio.run_coroutine_threadsafe"
@@ -62,10 +62,10 @@ class Host:
             ServiceFailed: A service failed to start, or took too long; `__cause__` says why.
             Exception: What the transport raised.
         """
-        if self._life is not None and not self._life.home.ended:
+        if self._life is not None and not self._life.ended:
             raise RuntimeError(f"node {self.name!r} is {self._state} already")
         self._life = self._new_life()
-        await self._told(self._life.home.open())
+        await self._told(self._life.open())
 
     async def stop(self) -> None:
         """Stop, and return when everything has ended. Harmless where it does not run.
@@ -81,13 +81,13 @@ class Host:
             ServiceFailed: A background task had failed too often, or the `stop` of a service failed.
         """
         life = self._life
-        if life is None or life.home.need_not_close:
+        if life is None or life.need_not_close:
             return
         self._require_its_loop(life)
         if life.owns(asyncio.current_task()):
-            life.home.ask_to_close()
+            life.ask_to_close()
         else:
-            await self._told(life.home.close())
+            await self._told(life.close())
 
     async def wait(self) -> None:
         """Wait until it has stopped, for whatever reason.
@@ -99,7 +99,7 @@ class Host:
         if self._life is None:
             raise RuntimeError(f"node {self.name!r} is not running")
         self._require_its_loop(self._life)
-        await self._told(self._life.home.wait())
+        await self._told(self._life.wait())
 
     async def _told(self, end: Coroutine[Any, Any, None]) -> None:
         """Await `end`; each one who is told about a failure gets an error of their own."""
@@ -108,7 +108,7 @@ class Host:
             await end
         except ServiceFailed as error:
             failure = error
-        if failure is not None:
+        if failure is not None:  # outside of `except`: its context is what the body of `async with` raised
             fresh = ServiceFailed(node=failure.node, service=failure.service, what=failure.what)
             raise fresh from failure.__cause__
 

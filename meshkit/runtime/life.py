@@ -1,4 +1,8 @@
-"""A life: one run of a node, from its start to its stop. `_live` reads from top to bottom."""
+"""A life: one run of a node, from its start to its stop. `_live` reads from top to bottom.
+
+It has a task of its own. A task group, or a cancel scope, must be left by the task that entered it; but a pytest
+fixture, an ASGI lifespan or a REPL may enter in one task and leave in another.
+"""
 
 import asyncio
 import functools
@@ -8,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from meshkit import _time
-from meshkit.runtime.crew import Crew, take_back_cancellations
+from meshkit.runtime.crew import Crew, begin, take_back_cancellations
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
-from meshkit.runtime.home import Home
 from meshkit.runtime.router import Router
 from meshkit.runtime.service import Service, ServiceFailed
 from meshkit.runtime.transport import Alone, Transport
@@ -24,7 +27,7 @@ __all__ = ["Life"]
 
 
 class Life:
-    """One run of a node: `home` opens and closes it."""
+    """One run of a node, which others open and close."""
 
     CLOSE_TIMEOUT = 10.0
     """Seconds that the transport may take to close."""
@@ -38,7 +41,6 @@ class Life:
         on_failure: Callable[[], None],
         end_of_log: Callable[[], None],
     ) -> None:
-        self.node = runtime.node
         self.failure: ServiceFailed | None = None
         self.over = False  # whether nothing can be sent any more
         self._name = name = runtime.name
@@ -59,25 +61,95 @@ class Life:
         every = None if isinstance(transport, Alone) else runtime.heartbeat
         beat = None if every is None else Beat(name, graph.requests, every)
         self.router = Router(
-            self.node, graph, self._crews, transport, prover, beat, self._log, observer, letters, self._escalate
+            runtime.node, graph, self._crews, transport, prover, beat, self._log, observer, letters, self._escalate
         )
-        self.home = Home(f"meshkit:{name}:runtime:home", self._live)
+        self.loop = loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[bool] = loop.create_future()  # or whether it ended before that
+        self._closing: asyncio.Future[None] = loop.create_future()
+        self._task = begin(loop, self._live, f"meshkit:{name}:runtime:life")
+        self._task.add_done_callback(self._on_end)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has opened, now or before it ended."""
+        return self._opened.done() and self._opened.result()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, or its loop was closed under it."""
+        return self._task.done() or self.loop.is_closed()
+
+    @property
+    def need_not_close(self) -> bool:
+        """Whether it ended before it was open (who opened it was told so), or its loop was closed under it."""
+        return self.ended and not (self._task.done() and self.is_open)
 
     def owns(self, task: object) -> bool:
         """Return whether `task` is one of this node."""
-        return task is self.home.task or any(task in crew for crew in self._crews.values())
+        return task is self._task or any(task in crew for crew in self._crews.values())
 
-    async def _live(self, home: Home) -> None:
+    # --- from outside; each raises what `_live` raised
+
+    async def open(self) -> None:
+        """Wait until it is open; whoever is cancelled here takes it down with them."""
+        try:
+            await asyncio.wait([self._opened])
+        except asyncio.CancelledError:
+            await self._hurry()
+            raise
+        if not self._opened.result():
+            await self._task
+
+    def ask_to_close(self) -> None:
+        """Let it begin to close, without waiting."""
+        if not self._closing.done():
+            self._closing.set_result(None)
+
+    async def close(self) -> None:
+        """Close it and wait until it has ended; to be cancelled here means: hurry."""
+        self.ask_to_close()
+        try:
+            await self.wait()
+        except asyncio.CancelledError:
+            await self._hurry()
+            raise
+
+    async def wait(self) -> None:
+        """Wait until it has ended."""
+        await asyncio.wait([self._task])
+        if not self._task.cancelled():
+            self._task.result()
+
+    async def _hurry(self) -> None:
+        """Wait until it has ended, however often this is cancelled; each time cuts one step of its end short."""
+        with anyio.CancelScope(shield=True):
+            while True:
+                self._task.cancel()
+                try:
+                    await asyncio.wait([self._task])
+                    return
+                except asyncio.CancelledError:
+                    continue
+
+    def _on_end(self, task: "asyncio.Task[None]") -> None:
+        if not self._opened.done():
+            self._opened.set_result(False)
+        if not task.cancelled():
+            task.exception()  # it is raised by whoever opens, closes or waits
+
+    # --- from inside
+
+    async def _live(self) -> None:
         failed: BaseException | None = None
         try:
             self._init()
-            await self._transport.start(self.node, self.router.intake)
+            await self._transport.start(self._runtime.node, self.router.intake)
             self._joined = True
             for service in self._graph.services:
                 await self._start(service)
             self.router.heart.start()
-            home.opened()
-            await home.asked_to_close()
+            self._opened.set_result(True)
+            await self._closing
             self.router.intake.draining = True
             self._grace_until = _time.now() + self._runtime.grace
             with anyio.CancelScope(deadline=self._grace_until):
@@ -132,11 +204,11 @@ class Life:
         if self.failure is None:
             self.failure = self._failed(service, what)
             self.failure.__cause__ = error
-        if self.home.is_open:
-            self.home.ask_to_close()
+        if self.is_open:
+            self.ask_to_close()
             self._on_failure()
         else:
-            self.home.cut_short()
+            self._task.cancel()
 
     # --- the end; each step is bounded, and a cancellation cuts one step short
 

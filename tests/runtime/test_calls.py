@@ -605,7 +605,7 @@ async def test_calls_round_after_round_of_which_a_third_is_cancelled_leave_no_tr
                 assert len(router.calls) == node.stats().queued == node.stats().running == 0
             assert [timer for timer in loop._scheduled if not timer.cancelled()] == []
             tasks = sorted(task.get_name() for task in asyncio.all_tasks() - {asyncio.current_task()})
-            assert [name for name in tasks if "worker" not in name] == [f"meshkit:{n}:runtime:home" for n in NAMES]
+            assert [name for name in tasks if "worker" not in name] == [f"meshkit:{n}:runtime:life" for n in NAMES]
             assert len(tasks) <= 4, "each keeps one idle worker"
             calls.clear()
             replies.clear()
