@@ -95,12 +95,10 @@ class Behavior(Generic[P]):
     """The rules for overflow that make sense for this kind; the first is the default."""
     REMEMBERS_IDS: ClassVar[bool] = False
     """Whether a message without a content key is remembered by its id, for as long as `remember` says."""
-    WAY_OUT: ClassVar[tuple[str, ...]] = ("prove", "transport", "notify")
-    """The stages that follow when it is emitted, and that all messages of its sort have in common."""
 
     def __post_init__(self) -> None:
         check_name("the kind of a behavior", self.kind)
-        _ = self._declared_payload
+        _ = self._declared_payload  # which raises if that is no type
         try:
             self._check_options()
         except (TypeError, ValueError) as error:
@@ -182,7 +180,6 @@ class Local(Behavior[P]):
     """A kind that never leaves its node: handlers get the very object that was emitted."""
 
     OVERFLOWS: ClassVar[tuple[Overflow, ...]] = ("wait", "refuse", "drop_newest", "drop_oldest")
-    WAY_OUT: ClassVar[tuple[str, ...]] = ("notify",)
 
     def _check_options(self) -> None:
         super()._check_options()

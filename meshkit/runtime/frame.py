@@ -22,13 +22,14 @@ Traceback (most recent call last):
 meshkit.errors.Replayed: The message was seen before.
 """
 
+import functools
 import inspect
 import os
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
 from meshkit import _check
 from meshkit._chunks import BytesLike, as_bytes, size_of
@@ -39,7 +40,6 @@ from meshkit.runtime.replay import MICRO, ReplayWindow
 
 __all__ = ["Opened", "Prover", "Trust", "claimed_sender"]
 
-K = TypeVar("K", str, bytes)
 Trust: TypeAlias = Collection[str] | Callable[[str], bool] | None
 """Whom a node listens to: these node ids, or those for which the predicate returns True, or (None) anyone."""
 
@@ -111,8 +111,8 @@ class Prover:
             floor=round((started - _check.duration("skew", skew, zero=True)) * MICRO),
             max_keys=_check.count("max_remembered", max_remembered),
         )
-        self._recipients: OrderedDict[str, _Peer] = OrderedDict()  # those that were used last, as are
-        self._senders: OrderedDict[bytes, _Peer] = OrderedDict()
+        self._recipient = functools.lru_cache(_MAX_PEERS)(functools.partial(_recipient, identity))
+        self._senders: OrderedDict[bytes, _Peer] = OrderedDict()  # those that were used last
 
     def __repr__(self) -> str:
         return f"Prover({self.identity.node_id!r}, remembered={self.seen.count})"
@@ -124,12 +124,7 @@ class Prover:
             ValueError: `recipient` is not a node id, or is this node; or `bundle` is larger than `max_bundle`.
         """
         bundle = self._bundle(bundle)
-        peer = self._recipients.get(recipient)
-        if peer is None:
-            if recipient == self.identity.node_id:
-                raise ValueError("a node does not send frames to itself")
-            peer = self._peer(recipient, public_key_of(recipient), _CONTEXT.format(self.identity.node_id, recipient))
-        _keep(self._recipients, recipient, peer)
+        peer = self._recipient(recipient)
         header = self._header(_SEALED, peer.key, now)
         return header + peer.encryptor.seal_combined(bundle, aad=header)
 
@@ -181,7 +176,10 @@ class Prover:
                 raise BadSignature
             peer = known or self._sender(node_id, sender)  # after the signature, which is cheaper
 
-        _keep(self._senders, sender, peer)  # it is proved: from here on things may be remembered
+        self._senders[sender] = peer  # it is proved: from here on things may be remembered
+        self._senders.move_to_end(sender)
+        if len(self._senders) > _MAX_PEERS:
+            self._senders.popitem(last=False)
         time, stale = round(now * MICRO), None
         if self.seen.accepts(stamp, time):
             # Ids are public: only with its sender does one say which frame it is, or another could take it.
@@ -204,12 +202,10 @@ class Prover:
 
     def _sender(self, node_id: str, key: bytes) -> _Peer:
         try:
-            return self._peer(node_id, key, _CONTEXT.format(node_id, self.identity.node_id))
+            context = _CONTEXT.format(node_id, self.identity.node_id)
+            return _Peer(node_id, key, self.identity.shared_with(node_id, context))
         except ValueError:
             raise MalformedFrame(reason="a frame whose sender is not a key") from None
-
-    def _peer(self, node_id: str, key: bytes, context: str) -> _Peer:
-        return _Peer(node_id, key, self.identity.shared_with(node_id, context))
 
     def _require_trusted(self, node_id: str) -> None:
         try:
@@ -243,8 +239,8 @@ def _predicate(trust: Trust) -> Callable[[str], bool]:
     return node_ids.__contains__
 
 
-def _keep(peers: OrderedDict[K, _Peer], name: K, peer: _Peer) -> None:
-    peers[name] = peer
-    peers.move_to_end(name)
-    if len(peers) > _MAX_PEERS:
-        peers.popitem(last=False)
+def _recipient(identity: Identity, node_id: str) -> _Peer:
+    if node_id == identity.node_id:
+        raise ValueError("a node does not send frames to itself")
+    context = _CONTEXT.format(identity.node_id, node_id)
+    return _Peer(node_id, public_key_of(node_id), identity.shared_with(node_id, context))

@@ -12,7 +12,7 @@ from meshkit.errors import MalformedFrame, RateLimited
 from meshkit.rate_limiter import RateLimiter
 from meshkit.runtime.behavior import Behavior, Ephemeral, Local, Request
 from meshkit.runtime.message import Message
-from meshkit.runtime.stages import Continue, Drop, Fail, Outcome, Pipeline, Step
+from meshkit.runtime.stages import EMIT, RECEIVE, Continue, Drop, Fail, Outcome, Pipeline, Step
 
 if TYPE_CHECKING:
     from meshkit.runtime.graph import Handler
@@ -48,11 +48,11 @@ class Route:
     def __str__(self) -> str:
         behavior = self.behavior
         version = f" version {behavior.version}" if behavior.version != self.handled.version or behavior.older else ""
-        outside = () if isinstance(behavior, Local) else ("frame", "kind", "version")
-        handlers = ", ".join(map(repr, self.handlers))
-        steps = [*outside, *filter(None, [str(self.pipeline)]), f"mailbox -> {handlers}"]
-        emission = " -> ".join(filter(None, ["id", str(behavior.emitting or ""), *behavior.WAY_OUT]))
-        return f"{behavior.kind}{version}\n  emit     {emission}\n  receive  {' -> '.join(steps)}"
+        stays = isinstance(behavior, Local)  # then there are neither frames nor versions
+        emit = [EMIT[0], behavior.emitting or "", *(EMIT[-1:] if stays else EMIT[2:])]
+        receive = [*(() if stays else RECEIVE[:3]), self.pipeline, RECEIVE[-1], ", ".join(map(repr, self.handlers))]
+        out, back = (" -> ".join(filter(None, map(str, steps))) for steps in (emit, receive))
+        return f"{behavior.kind}{version}\n  emit     {out}\n  receive  {back}"
 
     def compile(self, node: str, repeated: Callable[[Message[Any]], bool]) -> None:
         """Put its pipeline together, for one run of a node; first that of the route onward.
