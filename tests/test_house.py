@@ -51,7 +51,7 @@ CORES = {
     "retrier": {"Backoff"},
     "runtime.answers": {"Answers"},
     "runtime.backlog": {"Backlog"},
-    "runtime.letters": {"DeadLetters"},
+    "runtime.failures": {"DeadLetters"},
     "runtime.presence": {"Presence"},
     "runtime.replay": {"ReplayWindow"},
 }

@@ -16,15 +16,13 @@ from meshkit.errors import Draining, MeshkitError
 from meshkit.runtime.answers import Answers
 from meshkit.runtime.crew import Crew, take_back_cancellations
 from meshkit.runtime.delivery import Delivery, delivery_of
-from meshkit.runtime.failures import Failures
+from meshkit.runtime.failures import DeadLetters, Failures
 from meshkit.runtime.graph import Graph, Handler
-from meshkit.runtime.handling import Reject
 from meshkit.runtime.journal import Journal
-from meshkit.runtime.letters import DeadLetters
 from meshkit.runtime.mailbox import Mailbox
 from meshkit.runtime.mailboxes import Mailboxes
 from meshkit.runtime.message import Message
-from meshkit.runtime.service import Service
+from meshkit.runtime.service import Reject, Service
 from meshkit.runtime.stages import Continue, settle
 from meshkit.runtime.wire import Failure, Reply, encode_payload, refusal
 

@@ -6,7 +6,10 @@ of the caller, and by the life of the mailbox; the `retry_after` of an error is 
 """
 
 import random
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
 from meshkit import _time
 from meshkit._retry_policy import asked_delay
@@ -14,10 +17,66 @@ from meshkit.retrier import Backoff
 from meshkit.runtime.delivery import Delivery
 from meshkit.runtime.graph import Handler
 from meshkit.runtime.journal import Journal
-from meshkit.runtime.letters import DeadLetter, DeadLetters
+from meshkit.runtime.message import Message
 from meshkit.runtime.service import Service
 
-__all__ = ["Failures"]
+__all__ = ["DeadLetter", "DeadLetters", "Failures"]
+
+
+@dataclass(frozen=True, eq=False)
+class DeadLetter:
+    """A message that was given up. `rt.replay(letter)` tries again."""
+
+    message: Message[Any]
+    """As it was where it failed; before "decode", the payload is bytes."""
+    handler: str
+    """What should have handled it: the service and the method, or the names of several."""
+    stage: str
+    """Where it failed: the name of a stage, "order_by", or "handler"."""
+    attempts: int
+    """How often it was tried."""
+    error: Exception
+    """Why it failed."""
+    came: Message[Any] = field(repr=False)
+    """What is tried again: the message as it came to the first stage, or to the handler."""
+    size: int
+    """Bytes of the encoded payload; 0 of a local one."""
+
+
+class DeadLetters:
+    """The core: the last `max_letters` of them, of no more than `max_bytes`; older ones are forgotten, and counted."""
+
+    def __init__(self, max_letters: int = 1_000, max_bytes: int = 64 * 1024 * 1024) -> None:
+        self.letters: deque[DeadLetter] = deque()
+        self.forgotten = 0
+        self._max_letters = max_letters
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._added = 0
+
+    def add(self, letter: DeadLetter) -> None:
+        """Keep a letter."""
+        self._added += 1
+        self._bytes += letter.size
+        self.letters.append(letter)
+        while len(self.letters) > self._max_letters or (self._bytes > self._max_bytes and len(self.letters) > 1):
+            self._bytes -= self.letters.popleft().size
+            self.forgotten += 1
+
+    def replay(self, letter: DeadLetter, again: Callable[[DeadLetter], bool]) -> bool:
+        """Try `again`, and forget the letter if that did something: if it failed, there is a new one.
+
+        Raises:
+            ValueError: It is not here any more.
+        """
+        if letter not in self.letters:
+            raise ValueError(f"the dead letter of message {letter.message.id} is not here any more")
+        added = self._added
+        done = again(letter) or self._added > added
+        if done and letter in self.letters:
+            self.letters.remove(letter)
+            self._bytes -= letter.size
+        return done
 
 
 class Failures:

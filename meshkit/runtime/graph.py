@@ -7,11 +7,10 @@ from typing import Any
 
 from meshkit import _check
 from meshkit.runtime.behavior import Behavior, Local, Request
-from meshkit.runtime.handling import behaviors_of
 from meshkit.runtime.mailbox import Mailbox
 from meshkit.runtime.message import Message, check_name
 from meshkit.runtime.routes import Route
-from meshkit.runtime.service import Service
+from meshkit.runtime.service import Service, behaviors_of
 
 __all__ = ["Graph", "Handler"]
 

@@ -27,10 +27,10 @@ from meshkit.errors import (
 from meshkit.runtime.behavior import Broadcast, Request
 from meshkit.runtime.calls import Calls
 from meshkit.runtime.dispatcher import Dispatcher
+from meshkit.runtime.failures import DeadLetter
 from meshkit.runtime.frame import Opened, Prover, claimed_sender
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.journal import Journal
-from meshkit.runtime.letters import DeadLetter
 from meshkit.runtime.message import Message
 from meshkit.runtime.outbox import PLAIN
 from meshkit.runtime.presence import Heart

@@ -18,11 +18,11 @@ from meshkit.runtime.behavior import Behavior, Broadcast, Local, Request
 from meshkit.runtime.calls import Calls, Replies, first_that_takes_it, gather
 from meshkit.runtime.crew import Crew
 from meshkit.runtime.dispatcher import Dispatcher
+from meshkit.runtime.failures import DeadLetters
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.intake import Intake, reason_of
 from meshkit.runtime.journal import Journal, RuntimeStats
-from meshkit.runtime.letters import DeadLetters
 from meshkit.runtime.message import Ids, Message, check_id
 from meshkit.runtime.outbox import Outbox
 from meshkit.runtime.presence import Heart, Presence

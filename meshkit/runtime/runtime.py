@@ -24,12 +24,12 @@ from meshkit.events import Observer
 from meshkit.logger import Logger, ServiceLog
 from meshkit.runtime.behavior import Broadcast, Local, Request
 from meshkit.runtime.calls import Replies
+from meshkit.runtime.failures import DeadLetter, DeadLetters
 from meshkit.runtime.frame import Prover, Trust
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.host import Host
 from meshkit.runtime.identity import Identity
 from meshkit.runtime.journal import Journal, MessageDropped, RuntimeStats
-from meshkit.runtime.letters import DeadLetter, DeadLetters
 from meshkit.runtime.life import Life
 from meshkit.runtime.message import check_name
 from meshkit.runtime.presence import Peer, Presence

@@ -23,7 +23,7 @@ from meshkit.runtime import (
     local,
     request,
 )
-from meshkit.runtime.handling import behaviors_of
+from meshkit.runtime.service import behaviors_of
 
 
 class Payload(msgspec.Struct, frozen=True):

@@ -23,7 +23,7 @@ from meshkit.runtime import (
     local,
     request,
 )
-from meshkit.runtime.letters import DeadLetters
+from meshkit.runtime.failures import DeadLetters
 from meshkit.testing import CancellationPoint, run
 from meshkit.transports import MemoryHub
 from tests.runtime.nodes import Node, everywhere
