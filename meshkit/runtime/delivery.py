@@ -22,7 +22,7 @@ class Delivery(msgspec.Struct, eq=False):
     is_call: bool = False
     key: Hashable = None
     number: int = 0  # the mailbox counts
-    misplaced: Exception | None = None  # why `order_by` has no key for it
+    order_error: Exception | None = None  # why `order_by` has no key for it
     attempts: int = 1
     caller_waits: bool = True
     scope: anyio.CancelScope | None = None  # cancels the handler of a call, while it runs
@@ -44,5 +44,5 @@ def delivery_of(handler: Handler, message: Message[Any], size: int = 0, *, is_ca
             hash(delivery.key)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it fails as if the handler had raised it
             delivery.key = None
-            delivery.misplaced = error if isinstance(error, Exception) else RuntimeError("it raised CancelledError")
+            delivery.order_error = error if isinstance(error, Exception) else RuntimeError("it raised CancelledError")
     return delivery

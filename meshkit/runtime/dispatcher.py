@@ -14,7 +14,6 @@ import msgspec
 from meshkit import _time
 from meshkit.errors import Draining, MeshkitError
 from meshkit.runtime.answers import Answers
-from meshkit.runtime.crew import Crew, take_back_cancellations
 from meshkit.runtime.delivery import Delivery, delivery_of
 from meshkit.runtime.failures import DeadLetters, Failures
 from meshkit.runtime.graph import Graph, Handler
@@ -24,6 +23,7 @@ from meshkit.runtime.mailboxes import Mailboxes
 from meshkit.runtime.message import Message
 from meshkit.runtime.service import Reject, Service
 from meshkit.runtime.stages import Continue, settle
+from meshkit.runtime.supervisor import Supervisor, take_back_cancellations
 from meshkit.runtime.wire import Failure, Reply, encode_payload, refusal
 
 __all__ = ["Dispatcher"]
@@ -39,7 +39,7 @@ class Dispatcher:
         self,
         node: str,
         graph: Graph,
-        crews: Mapping[str, Crew],
+        supervisors: Mapping[str, Supervisor],
         journal: Journal,
         letters: DeadLetters,
         answer: Callable[[str, Reply | Failure], None],
@@ -52,7 +52,7 @@ class Dispatcher:
         self._answers = Answers()
         self._now = _time.Clock().now
         self.serving: dict[tuple[str, str], Delivery] = {}  # calls that wait, run or rest, by caller and id
-        self.mailboxes = Mailboxes(node, graph, crews, self._run)
+        self.mailboxes = Mailboxes(node, graph, supervisors, self._run)
 
     # --- into the mailbox
 
@@ -169,8 +169,8 @@ class Dispatcher:
 
     async def _tell(self, delivery: Delivery) -> float | None:
         try:
-            if delivery.misplaced is not None:
-                _fail(delivery.misplaced)
+            if delivery.order_error is not None:
+                _fail(delivery.order_error)
             await delivery.handler.method(delivery.message)
             self._handled(delivery)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its failure
@@ -190,8 +190,8 @@ class Dispatcher:
                 self._journal.note(message.id, f"expired before {delivery.its_turn}")
                 return None
             scope.deadline = message.deadline
-            if delivery.misplaced is not None:
-                _fail(delivery.misplaced)
+            if delivery.order_error is not None:
+                _fail(delivery.order_error)
             reply = await handler.method(message)
             handler.behavior.check_reply(reply)
             answer = Reply(message.id, encode_payload(reply))

@@ -37,7 +37,7 @@ class DeadLetter:
     """How often it was tried."""
     error: Exception
     """Why it failed."""
-    came: Message[Any] = field(repr=False)
+    original: Message[Any] = field(repr=False)
     """What is tried again: the message as it came to the first stage, or to the handler."""
     size: int
     """Bytes of the encoded payload; 0 of a local one."""
@@ -102,7 +102,7 @@ class Failures:
 
     def _delay(self, delivery: Delivery, error: Exception) -> float | None:
         policy = delivery.handler.behavior.retry
-        if policy is None or delivery.attempts > policy.max_retries or delivery.misplaced is not None:
+        if policy is None or delivery.attempts > policy.max_retries or delivery.order_error is not None:
             return None
         if delivery.handler.mailbox.closed or not delivery.caller_waits:
             return None
@@ -116,7 +116,7 @@ class Failures:
     def give_up(self, delivery: Delivery, error: Exception, raised: BaseException) -> None:
         """Deal with a message that is not to be handled again."""
         self._journal.failed += 1
-        stage = "handler" if delivery.misplaced is None else "order_by"
+        stage = "handler" if delivery.order_error is None else "order_by"
         message, name = delivery.message, delivery.handler.name
         letter = DeadLetter(message, name, stage, delivery.attempts, error, message, delivery.size)
         self.end(delivery.handler, letter, raised)

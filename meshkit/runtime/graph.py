@@ -141,7 +141,7 @@ def _faults_of_services(services: Sequence[object]) -> Iterator[str]:
             continue
         if name in names:
             yield f"service {name!r}: the name is taken"
-        if service.crew is not None and service.crew.runs:
+        if service.supervisor is not None and service.supervisor.runs:
             yield f"service {name!r}: this object runs already; each runtime needs one of its own"
         names.add(name)
         checks: dict[str, Callable[[str, Any], object]] = {

@@ -33,7 +33,7 @@ from meshkit.runtime.graph import Graph
 from meshkit.runtime.journal import Journal
 from meshkit.runtime.message import Message
 from meshkit.runtime.outbox import PLAIN
-from meshkit.runtime.presence import Heart
+from meshkit.runtime.presence import Heartbeat
 from meshkit.runtime.routes import Route
 from meshkit.runtime.stages import Continue, Drop, Stopped, settle
 from meshkit.runtime.wire import Ask, Beat, Cancel, Failure, Goodbye, Reply, Tell, Wire, decode, refusal
@@ -52,7 +52,7 @@ class Intake:
         graph: Graph,
         dispatcher: Dispatcher,
         calls: Calls,
-        heart: Heart,
+        heartbeat: Heartbeat,
         prover: Prover | None,
         journal: Journal,
         answer: Callable[[str, Reply | Failure], None],
@@ -63,7 +63,7 @@ class Intake:
         self._graph = graph
         self._dispatcher = dispatcher
         self._calls = calls
-        self._heart = heart
+        self._heartbeat = heartbeat
         self._prover = prover
         self._journal = journal
         self._answer = answer
@@ -118,8 +118,8 @@ class Intake:
 
     def take(self, sender: str, wire: Wire) -> None:
         """Take what a node has sent, and is known to have sent."""
-        if self._heart.silent:
-            self._heart.silent.pop(sender, None)
+        if self._heartbeat.silent:
+            self._heartbeat.silent.pop(sender, None)
         if isinstance(wire, Tell):
             self._on_tell(sender, wire)
         elif isinstance(wire, Ask):
@@ -130,7 +130,7 @@ class Intake:
             if not self._calls.answered(sender, wire):
                 self._journal.drop("", "kind", "wrong_sender", wire.id, sender)
         elif isinstance(wire, Beat):
-            self._heart.heard(sender, wire)
+            self._heartbeat.heard(sender, wire)
         else:
             self.lost(sender, "it said goodbye")
 
@@ -214,7 +214,7 @@ class Intake:
 
     def replay(self, letter: DeadLetter) -> bool:
         """Handle a dead letter again, from where it failed or else from the first stage; return False if none can."""
-        message = replace(letter.came, deadline=math.inf)  # its caller does not wait any more
+        message = replace(letter.original, deadline=math.inf)  # its caller does not wait any more
         if letter.stage in {"handler", "order_by"}:
             handler = self._graph.handler(letter.handler, message)
             return handler is not None and self._dispatcher.offer(handler, message, letter.size)
@@ -235,7 +235,7 @@ class Intake:
 
     def lost(self, node: str, reason: str = "the connection is gone") -> None:
         """Fail the calls that wait for a node that has gone, and give up the work that it waits for."""
-        self._heart.forget(node, reason)
+        self._heartbeat.forget(node, reason)
         self.give_up(node)
 
     def give_up(self, node: str) -> None:

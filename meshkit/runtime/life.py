@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from meshkit import _time
-from meshkit.runtime.crew import Crew, begin, take_back_cancellations
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.router import Router
 from meshkit.runtime.service import Service, ServiceFailed
+from meshkit.runtime.supervisor import Supervisor, begin, take_back_cancellations
 from meshkit.runtime.transport import Alone, Transport
 from meshkit.runtime.wire import Beat
 
@@ -51,17 +51,17 @@ class Life:
         self._grace_until = 0.0  # there is none but for a stop that was asked for
         self._on_failure = on_failure
         self._end_of_log = end_of_log
-        self._crews = {
-            service.name: Crew(f"meshkit:{name}:{service.name}", functools.partial(self._on_task_failure, service))
-            for service in graph.services
+        self._supervisors = supervisors = {
+            of.name: Supervisor(f"meshkit:{name}:{of.name}", functools.partial(self._on_task_failure, of))
+            for of in graph.services
         }
         self._joined = False
         self._started: list[Service] = []
-        observer, letters = runtime.observer, runtime.letters
+        node, observer, letters = runtime.node, runtime.observer, runtime.letters
         every = None if isinstance(transport, Alone) else runtime.heartbeat
         beat = None if every is None else Beat(name, graph.requests, every)
         self.router = Router(
-            runtime.node, graph, self._crews, transport, prover, beat, self._log, observer, letters, self._escalate
+            node, graph, supervisors, transport, prover, beat, self._log, observer, letters, self._escalate
         )
         self.loop = loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[bool] = loop.create_future()  # or whether it ended before that
@@ -86,7 +86,7 @@ class Life:
 
     def owns(self, task: object) -> bool:
         """Return whether `task` is one of this node."""
-        return task is self._task or any(task in crew for crew in self._crews.values())
+        return task is self._task or any(task in supervisor for supervisor in self._supervisors.values())
 
     # --- from outside; each raises what `_live` raised
 
@@ -147,13 +147,13 @@ class Life:
             self._joined = True
             for service in self._graph.services:
                 await self._start(service)
-            self.router.heart.start()
+            self.router.heartbeat.start()
             self._opened.set_result(True)
             await self._closing
             self.router.intake.draining = True
             self._grace_until = _time.now() + self._runtime.grace
             with anyio.CancelScope(deadline=self._grace_until):
-                await self.router.heart.drain()
+                await self.router.heartbeat.drain()
             await self._drain(*self._graph.services)
         except GeneratorExit:  # the loop was closed under it: there is nothing to wait on any more
             raise
@@ -172,7 +172,7 @@ class Life:
         for service in self._graph.services:
             service.rt = self._runtime
             service.log = self._runtime.logger.service(service.name, emoji=service.emoji or None)
-            service.crew = self._crews[service.name]
+            service.supervisor = self._supervisors[service.name]
             try:
                 service.init()
             except Exception as error:
@@ -226,7 +226,7 @@ class Life:
             self.router.say_goodbye()
             await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "closing the transport")
         self.over = True
-        self.router.heart.stop()
+        self.router.heartbeat.stop()
         self.router.close()
         if self.router.journal.cut:
             kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.router.journal.cut.items()))
@@ -237,13 +237,13 @@ class Life:
         """Let it finish what others asked of it as they stopped; cut the rest, and its tasks; then let it clean up."""
         await self._step(self._drain(service), "the grace", service)
         self.router.dispatcher.close_mailboxes(service.name)
-        await self._step(self._end_crew(service), "ending its tasks", service)
+        await self._step(self._end_tasks(service), "ending its tasks", service)
         if service in self._started:
             await self._step(_within(service.stop_timeout, service.stop), "stop()", service)
-        service.crew = None
+        service.supervisor = None
 
-    async def _end_crew(self, service: Service) -> None:
-        left = await self._crews[service.name].end(service.stop_timeout)
+    async def _end_tasks(self, service: Service) -> None:
+        left = await self._supervisors[service.name].end(service.stop_timeout)
         if left:
             service.log.error("tasks that ignored their cancellation are left behind: %s", ", ".join(left))
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import anyio
 
-from meshkit.runtime.crew import Crew
 from meshkit.runtime.delivery import Delivery
 from meshkit.runtime.graph import Graph, Handler
 from meshkit.runtime.mailbox import Mailbox
 from meshkit.runtime.service import Service
+from meshkit.runtime.supervisor import Supervisor
 
 __all__ = ["Mailboxes"]
 
@@ -21,10 +21,10 @@ class Mailboxes:
         self,
         node: str,
         graph: Graph,
-        crews: Mapping[str, Crew],
+        supervisors: Mapping[str, Supervisor],
         run: Callable[[Delivery, anyio.CancelScope], Coroutine[Any, Any, float | None]],
     ) -> None:
-        self._crews = crews
+        self._supervisors = supervisors
         self._work = run
         self._of: dict[str, list[Mailbox[Delivery]]] = {}  # by service
         for service in graph.services:
@@ -42,7 +42,7 @@ class Mailboxes:
         return Mailbox(
             name,
             self._work,
-            self._crews[service.name].spawn,
+            self._supervisors[service.name].spawn,
             max_mailbox=(declared and declared.max_mailbox) or service.max_mailbox,
             max_bytes=service.max_mailbox_bytes,
             max_concurrent=(declared and declared.max_concurrent) or service.max_concurrent,

@@ -16,7 +16,7 @@ from meshkit.events import Event, Observer, notify
 from meshkit.runtime.message import is_name
 from meshkit.runtime.wire import Beat
 
-__all__ = ["Heart", "Peer", "PeerGone", "PeerUp", "Presence"]
+__all__ = ["Heartbeat", "Peer", "PeerGone", "PeerUp", "Presence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Presence:
         return [peer for peer in self.peers.values() if kind in peer.kinds]
 
 
-class Heart:
+class Heartbeat:
     """What one node lets others hear (`beat`; None: nothing), and what it hears of them. It has timers, and no task.
 
     `post(to, wire)` sends, to every node if `to` is None. `gone(node)` is called once a node has gone of itself: it has

@@ -16,7 +16,6 @@ from meshkit.events import Observer
 from meshkit.logger import ServiceLog
 from meshkit.runtime.behavior import Behavior, Broadcast, Local, Request
 from meshkit.runtime.calls import Calls, Replies, first_that_takes_it, gather
-from meshkit.runtime.crew import Crew
 from meshkit.runtime.dispatcher import Dispatcher
 from meshkit.runtime.failures import DeadLetters
 from meshkit.runtime.frame import Prover
@@ -25,9 +24,10 @@ from meshkit.runtime.intake import Intake, reason_of
 from meshkit.runtime.journal import Journal, RuntimeStats
 from meshkit.runtime.message import Ids, Message, check_id
 from meshkit.runtime.outbox import Outbox
-from meshkit.runtime.presence import Heart, Presence
+from meshkit.runtime.presence import Heartbeat, Presence
 from meshkit.runtime.service import Service
 from meshkit.runtime.stages import Continue, Drop, settle
+from meshkit.runtime.supervisor import Supervisor
 from meshkit.runtime.transport import Transport
 from meshkit.runtime.wire import MAX_KINDS, Ask, Beat, Failure, Goodbye, Reply, Tell, Wire, encode_payload
 
@@ -46,7 +46,7 @@ class Router:
         self,
         node: str,
         graph: Graph,
-        crews: Mapping[str, Crew],
+        supervisors: Mapping[str, Supervisor],
         transport: Transport,
         prover: Prover | None,
         beat: Beat | None,
@@ -61,11 +61,13 @@ class Router:
             )
         self.journal = Journal(observer)
         self.presence = Presence()
-        self.dispatcher = Dispatcher(node, graph, crews, self.journal, letters, self._answer, escalate)
+        self.dispatcher = Dispatcher(node, graph, supervisors, self.journal, letters, self._answer, escalate)
         self.calls = Calls(node, self._post)
         self.outbox = Outbox(transport, prover, self._on_unsent)
-        self.heart = Heart(self.presence, beat, self.outbox.post, self._on_gone, observer)
-        self.intake = Intake(node, graph, self.dispatcher, self.calls, self.heart, prover, self.journal, self._answer)
+        self.heartbeat = Heartbeat(self.presence, beat, self.outbox.post, self._on_gone, observer)
+        self.intake = Intake(
+            node, graph, self.dispatcher, self.calls, self.heartbeat, prover, self.journal, self._answer
+        )
         self._node = node
         self._graph = graph
         self._transport = transport

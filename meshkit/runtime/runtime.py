@@ -27,10 +27,10 @@ from meshkit.runtime.calls import Replies
 from meshkit.runtime.failures import DeadLetter, DeadLetters
 from meshkit.runtime.frame import Prover, Trust
 from meshkit.runtime.graph import Graph
-from meshkit.runtime.host import Host
 from meshkit.runtime.identity import Identity
 from meshkit.runtime.journal import Journal, MessageDropped, RuntimeStats
 from meshkit.runtime.life import Life
+from meshkit.runtime.lifecycle import Lifecycle
 from meshkit.runtime.message import check_name
 from meshkit.runtime.presence import Peer, Presence
 from meshkit.runtime.service import Service
@@ -42,7 +42,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 
-class Runtime(Host):
+class Runtime(Lifecycle):
     """One node: services, and the messages between them and those of other nodes.
 
     `async with` it, or `await rt.start()` and `await rt.stop()`, from any tasks: it lives in a task of its own. When it

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, cast, overload
 
 from meshkit.errors import MeshkitError
 from meshkit.runtime.behavior import Behavior, Broadcast, Local, Request
-from meshkit.runtime.crew import Crew, Restarts
 from meshkit.runtime.message import Message, check_name
+from meshkit.runtime.supervisor import Restarts, Supervisor
 
 if TYPE_CHECKING:
     from meshkit.logger import ServiceLog
@@ -87,7 +87,7 @@ class Service:
     """The runtime that it belongs to; there from `init()` on."""
     log: "ServiceLog"
     """Its log; there from `init()` on."""
-    crew: Crew | None = None
+    supervisor: Supervisor | None = None
     """Its tasks, while it runs; `spawn` adds to them."""
 
     def init(self) -> None:
@@ -108,10 +108,12 @@ class Service:
         once more after `max_restarts` restarts within `restart_window`, the runtime stops, with `ServiceFailed` in its
         host. To end it early, cancel the task that is returned.
         """
-        if self.crew is None:
+        if self.supervisor is None:
             raise RuntimeError(f"{type(self).__name__} does not run: spawn its background tasks in start()")
         what = name or str(getattr(fn, "__name__", "task"))
-        return self.crew.supervise(functools.partial(fn, *args), what, Restarts(self.max_restarts, self.restart_window))
+        return self.supervisor.supervise(
+            functools.partial(fn, *args), what, Restarts(self.max_restarts, self.restart_window)
+        )
 
 
 class Reject(Exception):

@@ -12,8 +12,8 @@ from meshkit.errors import CallTimeout, RemoteError
 from meshkit.retrier import RetryPolicy
 from meshkit.runtime import Message, Service, broadcast, handles, local, request
 from meshkit.runtime.backlog import Backlog
-from meshkit.runtime.crew import Crew
 from meshkit.runtime.mailbox import Mailbox
+from meshkit.runtime.supervisor import Supervisor
 from meshkit.testing import run
 from meshkit.transports import MemoryHub
 from tests.runtime.nodes import Node
@@ -75,7 +75,7 @@ def test_the_oldest_goes_first_of_which_no_older_one_has_the_key(
     async def main() -> None:
         naive = Naive()
         now = asyncio.get_running_loop().time
-        crew = Crew("meshkit:alice:x", lambda *_: None)
+        supervisor = Supervisor("meshkit:alice:x", lambda *_: None)
 
         async def handle(item: Item, _scope: anyio.CancelScope) -> float | None:
             assert item is naive.next(now()), "another one was to be next"
@@ -90,7 +90,7 @@ def test_the_oldest_goes_first_of_which_no_older_one_has_the_key(
             return delay
 
         box: Mailbox[Item] = Mailbox(
-            "box", handle, crew.spawn, max_mailbox=8, max_bytes=100, max_concurrent=max_concurrent
+            "box", handle, supervisor.spawn, max_mailbox=8, max_bytes=100, max_concurrent=max_concurrent
         )
         box.open()
         for number, (verb, key, argument, rests) in enumerate(program):
@@ -124,7 +124,7 @@ def test_the_oldest_goes_first_of_which_no_older_one_has_the_key(
             assert naive.there() == []
             assert box._backlog._lines == {}
             box.close()
-        assert await crew.end(20.0) == []
+        assert await supervisor.end(20.0) == []
 
     run(main)
 

@@ -1,4 +1,4 @@
-"""Hosts: what is started and stopped from any tasks, again and again, and lives one life at a time."""
+"""Lifecycles: what is started and stopped from any tasks, again and again, and lives one life at a time."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -10,10 +10,10 @@ from meshkit.errors import Closed
 from meshkit.runtime.life import Life
 from meshkit.runtime.service import ServiceFailed
 
-__all__ = ["Host"]
+__all__ = ["Lifecycle"]
 
 
-class Host:
+class Lifecycle:
     """The part of a `Runtime` that starts and stops it: `async with`, or `start` and `stop`."""
 
     def __init__(self, name: str) -> None:
