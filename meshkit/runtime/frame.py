@@ -31,8 +31,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from meshkit import _check
-from meshkit._chunks import BytesLike, as_bytes, size_of
 from meshkit.encryptor import Encryptor
 from meshkit.errors import BadSignature, MalformedFrame, Replayed, Stale, UnknownSender
 from meshkit.runtime.identity import SIGNATURE_SIZE, Identity, node_id_of, public_key_of, verify
@@ -50,6 +48,7 @@ _OVERHEAD = _HEADER.size + SIGNATURE_SIZE  # bytes, at most
 _EVERY_NODE = bytes(32)  # is no node's key: as a point of the curve it has small order
 _CONTEXT = "meshkit sealed frame 1 from {} to {}"
 _SIGNED_TAG = b"meshkit signed frame 1\0"
+_SKEW = 2.0  # seconds by which a stamp may be older than the start of the node
 _MAX_PEERS = 2_000  # whose derived keys are kept: it takes 300 µs to derive them
 
 
@@ -84,9 +83,8 @@ class Prover:
         trust: Whom it listens to. Node ids are copied. A predicate is asked for every frame and must return a bool; one
             that raises does not trust, and its error is the `__cause__` of the `UnknownSender`.
         window: By how many seconds the stamp of a frame may be off, either way.
-        started: When the node started, which remembers nothing of what it accepted before.
-        skew: How many seconds before `started` a stamp may be all the same, because clocks differ. What was accepted
-            before a restart, and is stamped after that, could be accepted once more.
+        started: When the node started, which remembers nothing of what it accepted before. A stamp may be 2 s older,
+            because clocks differ; what was accepted before a restart, and is stamped so, could be accepted once more.
         max_frame: How many bytes a frame may have. `max_bundle`, what then remains for a bundle, is an attribute.
         max_remembered: How many accepted frames it can remember, each until its stamp is out of the window; 170 bytes.
     """
@@ -98,43 +96,37 @@ class Prover:
         trust: Trust = None,
         window: float = 30.0,
         started: float,
-        skew: float = 2.0,
         max_frame: int = 1024 * 1024,
         max_remembered: int = 250_000,
     ) -> None:
         self.identity = identity
         self._trusts: Callable[[str], object] = _predicate(trust)
-        self._max_frame = _check.count("max_frame", max_frame, minimum=_OVERHEAD + 1)
+        self._max_frame = max_frame
         self.max_bundle = max_frame - _OVERHEAD
         self.seen = ReplayWindow(
-            window=round(_check.duration("window", window) * MICRO),
-            floor=round((started - _check.duration("skew", skew, zero=True)) * MICRO),
-            max_keys=_check.count("max_remembered", max_remembered),
+            window=round(window * MICRO), floor=round((started - _SKEW) * MICRO), max_keys=max_remembered
         )
         self._recipient = functools.lru_cache(_MAX_PEERS)(functools.partial(_recipient, identity))
         self._senders: OrderedDict[bytes, _Peer] = OrderedDict()  # those that were used last
 
-    def __repr__(self) -> str:
-        return f"Prover({self.identity.node_id!r}, remembered={self.seen.count})"
-
-    def seal(self, recipient: str, bundle: BytesLike, now: float) -> bytes:
+    def seal(self, recipient: str, bundle: bytes | bytearray, now: float) -> bytes:
         """Return the frame that takes `bundle` to one node, which alone can read it.
 
         Raises:
             ValueError: `recipient` is not a node id, or is this node; or `bundle` is larger than `max_bundle`.
         """
-        bundle = self._bundle(bundle)
+        self._require_room(bundle)
         peer = self._recipient(recipient)
         header = self._header(_SEALED, peer.key, now)
         return header + peer.encryptor.seal_combined(bundle, aad=header)
 
-    def sign(self, bundle: BytesLike, now: float) -> bytes:
+    def sign(self, bundle: bytes | bytearray, now: float) -> bytes:
         """Return the frame that takes `bundle` to every node; `ValueError` if it is larger than `max_bundle`."""
-        bundle = self._bundle(bundle)
+        self._require_room(bundle)
         header = self._header(_SIGNED, _EVERY_NODE, now)
         return b"".join((header, self.identity.sign(_SIGNED_TAG + header + bundle), bundle))
 
-    def open(self, frame: BytesLike, now: float) -> Opened:
+    def open(self, frame: bytes, now: float) -> Opened:
         """Return what is in the frame, the cheapest checks first; nothing is remembered of one that is not proved.
 
         One that is proved, but came too late, is returned with `stale` set, so that it can be answered. One that is
@@ -149,10 +141,9 @@ class Prover:
             Replayed: It was opened before.
             Overloaded: It is proved, but too many were opened lately to remember this one, too.
         """
-        size = size_of(frame)
+        size = len(frame)
         if not _HEADER.size <= size <= self._max_frame:
-            raise MalformedFrame(reason=f"a frame of {size} bytes" if size >= 0 else "a frame that is not bytes")
-        frame = as_bytes(frame)
+            raise MalformedFrame(reason=f"a frame of {size} bytes")
         version, proof, sender, recipient, frame_id, stamp = _HEADER.unpack_from(frame)
         if version != _VERSION:
             raise MalformedFrame(reason=f"a frame of version {version}, and only {_VERSION} is understood")
@@ -192,10 +183,9 @@ class Prover:
             stale = Stale()
         return Opened(node_id, bundle, proof == _SIGNED, stamp / MICRO, stale)
 
-    def _bundle(self, bundle: BytesLike) -> bytes:
-        if size_of(bundle) > self.max_bundle:
-            raise ValueError(f"bundle must be at most {self.max_bundle} bytes, not {size_of(bundle)}")
-        return as_bytes(bundle, "bundle")
+    def _require_room(self, bundle: bytes | bytearray) -> None:
+        if len(bundle) > self.max_bundle:
+            raise ValueError(f"bundle must be at most {self.max_bundle} bytes, not {len(bundle)}")
 
     def _header(self, proof: int, recipient: bytes, now: float) -> bytes:
         return _HEADER.pack(_VERSION, proof, self.identity.public_key, recipient, os.urandom(16), round(now * MICRO))
