@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -194,6 +195,14 @@ def test_the_package_offers_every_public_name_of_the_base_the_utilities_and_the_
         for name in importlib.import_module(module).__all__
     }
     assert offered == set(vars(meshkit)["__all__"])
+
+
+def test_the_reading_order_names_each_file_of_the_runtime_once_and_each_is_short() -> None:
+    page = (ROOT.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    table = page[page.index("read in this order:") : page.index("## Errors")]
+    files = {path.name: path for path in (ROOT / "runtime").glob("*.py") if path.name != "__init__.py"}
+    assert sorted(re.findall(r"`(\w+\.py)`", table)) == sorted(files)
+    assert not {name for name, path in files.items() if len(path.read_text(encoding="utf-8").splitlines()) > 300}
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
