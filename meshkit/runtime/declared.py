@@ -19,15 +19,15 @@ class Declared(Generic[T]):
     """One declared type. `what` is what errors call it: "stash:store: the payload"."""
 
     def __init__(self, what: str, declared: type[T]) -> None:
-        self._type = declared
-        self._declared: object = declared
-        if not _is_type(declared):
+        given: object = declared  # callers without a type checker give anything
+        if not (isinstance(given, type) or typing.get_origin(given) is not None or given is Any):
             raise TypeError(f"{what} must be a type, not {declared!r}")
+        self._declared = declared
         self._what = what
         self._class = _checkable(declared)
 
     def __str__(self) -> str:
-        declared = self._declared
+        declared: object = self._declared
         return declared.__name__ if isinstance(declared, type) and not typing.get_origin(declared) else str(declared)
 
     @functools.cached_property
@@ -38,7 +38,7 @@ class Declared(Generic[T]):
             TypeError: It cannot travel.
         """
         require_portable(self._declared)
-        return msgspec.msgpack.Decoder(self._type)
+        return msgspec.msgpack.Decoder(self._declared)
 
     def check(self, value: object) -> None:
         """Raise `TypeError` unless `value` is of the declared type, as far as `isinstance` can tell."""
@@ -54,7 +54,3 @@ def _checkable(declared: object) -> Any:
                 isinstance(None, candidate)
                 return candidate
     return object
-
-
-def _is_type(declared: object) -> bool:
-    return isinstance(declared, type) or typing.get_origin(declared) is not None or declared is Any

@@ -132,16 +132,12 @@ class Heartbeat:
 
     def start(self) -> None:
         """Greet the others: this node is ready. From now on they hear of it regularly."""
-        self._say(None, greets=True)
-        self._plan()
+        self._say_on_time(greets=True)
 
-    def _plan(self) -> None:
+    def _say_on_time(self, *, greets: bool = False) -> None:
         if self._beat is not None:
-            self._next_beat = self._loop.call_later(self._beat.every, self._on_time)
-
-    def _on_time(self) -> None:
-        self._say(None)
-        self._plan()
+            self._say(None, greets=greets)
+            self._next_beat = self._loop.call_later(self._beat.every, self._say_on_time)
 
     def _say(self, to: str | None, *, greets: bool = False, answers: bool = False) -> None:
         if self._beat is not None:

@@ -129,9 +129,8 @@ class Reject(Exception):
         self.code = check_name("the code of a Reject", code)
         if code in {"internal", "bad_reply"}:
             raise ValueError(f"the code of a Reject cannot be {code!r}, which says that nobody chose to fail")
-        self.detail = (
-            str(detail)[:MAX_DETAIL].encode("utf-8", "backslashreplace").decode()
-        )  # a file's name may hold anything
+        # A file's name may hold what is not Unicode.
+        self.detail = str(detail)[:MAX_DETAIL].encode("utf-8", "backslashreplace").decode()
         self.retryable = bool(retryable)
 
     def __str__(self) -> str:
