@@ -1,6 +1,5 @@
 """Deliveries: what waits in a mailbox: a message for one handler."""
 
-import asyncio
 from collections.abc import Hashable
 from typing import Any
 
@@ -42,7 +41,10 @@ def delivery_of(handler: Handler, message: Message[Any], size: int = 0, *, is_ca
         try:
             delivery.key = (message.sender if order_by == "sender" else order_by(message),)
             hash(delivery.key)
-        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it fails as if the handler had raised it
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - it fails as if the handler had raised it
+            name = type(error).__name__
             delivery.key = None
-            delivery.order_error = error if isinstance(error, Exception) else RuntimeError("it raised CancelledError")
+            delivery.order_error = error if isinstance(error, Exception) else RuntimeError(f"it raised {name}")
     return delivery

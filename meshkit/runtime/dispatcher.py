@@ -28,6 +28,8 @@ from meshkit.runtime.wire import Failure, Reply, encode_payload, refusal
 
 __all__ = ["Dispatcher"]
 
+_ENDS_THE_PROCESS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+
 
 class Dispatcher:
     """What the services of one node have to do.
@@ -177,6 +179,10 @@ class Dispatcher:
             return self.failures.failed(delivery, error)
         except asyncio.CancelledError as error:
             self._interrupted(delivery, error)
+        except _ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:  # noqa: BLE001 - it would end the worker, and nobody would learn of it
+            self.failures.give_up(delivery, RuntimeError(f"it raised {type(error).__name__}"), error)
         return None
 
     async def _serve(self, delivery: Delivery, scope: anyio.CancelScope) -> float | None:
@@ -210,6 +216,11 @@ class Dispatcher:
                 raise
             answer = Failure(message.id, "cut" if handler.mailbox.closed else "failed", code="internal")
             self._interrupted(delivery, error)
+        except _ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:  # noqa: BLE001 - it would end the worker, and nobody would be answered
+            self.failures.give_up(delivery, RuntimeError(f"it raised {type(error).__name__}"), error)
+            answer = Failure(message.id, "failed", code="internal")
         finally:
             delivery.scope = None
             scope.deadline = math.inf

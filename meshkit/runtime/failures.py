@@ -16,7 +16,7 @@ from meshkit._retry_policy import asked_delay
 from meshkit.retrier import Backoff
 from meshkit.runtime.delivery import Delivery
 from meshkit.runtime.graph import Handler
-from meshkit.runtime.journal import Journal
+from meshkit.runtime.journal import Journal, shown
 from meshkit.runtime.message import Message
 from meshkit.runtime.service import Service
 
@@ -97,7 +97,8 @@ class Failures:
         else:
             delivery.attempts += 1
             self._journal.retried += 1
-            self._journal.note(delivery.message.id, f"{delivery.handler.name} raised {error!r}: again in {delay:.3g} s")
+            step = f"{delivery.handler.name} raised {shown(error)}: again in {delay:.3g} s"
+            self._journal.note(delivery.message.id, step)
         return delay
 
     def _delay(self, delivery: Delivery, error: Exception) -> float | None:
@@ -124,7 +125,7 @@ class Failures:
     def end(self, handler: Handler, letter: DeadLetter, raised: BaseException) -> None:
         """Do with a message that failed, in a handler or a stage, what its behavior says."""
         message, where = letter.message, "" if letter.stage == "handler" else f" at {letter.stage}"
-        self._journal.note(message.id, f"{letter.handler} failed{where}: {raised!r}")
+        self._journal.note(message.id, f"{letter.handler} failed{where}: {shown(raised)}")
         if handler.behavior.on_error == "drop":
             return
         handler.service.log.error(

@@ -30,7 +30,7 @@ from meshkit.runtime.dispatcher import Dispatcher
 from meshkit.runtime.failures import DeadLetter
 from meshkit.runtime.frame import Opened, Prover, claimed_sender
 from meshkit.runtime.graph import Graph
-from meshkit.runtime.journal import Journal
+from meshkit.runtime.journal import Journal, shown
 from meshkit.runtime.message import Message
 from meshkit.runtime.outbox import PLAIN
 from meshkit.runtime.presence import Heartbeat
@@ -105,8 +105,9 @@ class Intake:
     def _refuse(self, sender: str, error: MeshkitError, claimed: str = "") -> None:
         """Count a frame that goes no further, and say why: its `sender` is who the transport, or the proof, says."""
         says = f" (it says that it is from {claimed})" if claimed and claimed != sender else ""
-        cause = f" ({error.__cause__!r})"[:_MAX_DETAIL] if isinstance(error, UnknownSender) and error.__cause__ else ""
-        self._journal.drop("", "frame", reason_of(error), "", sender, f"{error}{cause}{says}")
+        cause = error.__cause__ if isinstance(error, UnknownSender) else None
+        why = "" if cause is None else f" ({shown(cause)})"[:_MAX_DETAIL]
+        self._journal.drop("", "frame", reason_of(error), "", sender, f"{error}{why}{says}")
 
     def _refuse_late(self, opened: Opened, wires: Sequence[Wire]) -> None:
         """Refuse what came too late, unless it is asked again what this node knows already."""

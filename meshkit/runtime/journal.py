@@ -9,13 +9,14 @@ message 5f
   dropped at rate_limit: rate_limited (from node 'bob')
 """
 
+import asyncio
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from meshkit.events import Event, Observer, notify
 
-__all__ = ["Journal", "MessageDropped", "MessageSent", "RuntimeStats"]
+__all__ = ["Journal", "MessageDropped", "MessageSent", "RuntimeStats", "shown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +135,11 @@ class Journal:
             pending=pending,
             dropped=dict(self.dropped),
         )
+
+
+def shown(error: BaseException) -> str:
+    """Return `repr(error)`; only the name of its type, if that raises an error of its own."""
+    try:
+        return repr(error)
+    except (Exception, asyncio.CancelledError):  # noqa: BLE001 - whoever made the error has made its text
+        return type(error).__name__

@@ -18,7 +18,6 @@ that goes no further leaves no trace, wherever it was stopped.
 ('no_shouting', Drop(reason='shouting'))
 """
 
-import asyncio
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -169,8 +168,10 @@ class Pipeline:
                 outcome = run(message)
             except Exception as error:  # noqa: BLE001 - whatever a stage raises is its failure
                 return Stopped(message, name, Fail(error))
-            except asyncio.CancelledError:  # nothing here waits, so nobody can have cancelled it
-                return Stopped(message, name, Fail(RuntimeError(f"stage {name!r} raised CancelledError")))
+            except (KeyboardInterrupt, SystemExit, GeneratorExit):
+                raise
+            except BaseException as error:  # noqa: BLE001 - a CancelledError, too: nothing here waits, so it is its own
+                return Stopped(message, name, Fail(RuntimeError(f"stage {name!r} raised {type(error).__name__}")))
             if not isinstance(outcome, Continue):
                 return Stopped(message, name, outcome)
             message = outcome.message

@@ -144,6 +144,7 @@ _MAX_REASON = 1_000  # characters of what an error says
 _ENCODER = msgspec.msgpack.Encoder()
 _BUNDLE = Annotated[list[Wire], msgspec.Meta(max_length=MAX_BUNDLE)]
 _DECODER: msgspec.msgpack.Decoder[list[Wire]] = msgspec.msgpack.Decoder(_BUNDLE)
+_FAILURES = msgspec.msgpack.Decoder(Failure)
 
 encode = _ENCODER.encode
 encode_into = _ENCODER.encode_into
@@ -183,7 +184,17 @@ def decode(bundle: bytes) -> list[Wire]:
 
 
 def refusal(call_id: str, error: MeshkitError) -> Failure:
-    """Return what tells a caller about `error`, which is why its request was not handled: the reverse of `to_error`."""
+    """Return what tells a caller about `error`, which is why its request was not handled: the reverse of `to_error`.
+
+    A stage may raise an error made of anything: what cannot travel would spoil all that travels with it.
+    """
+    try:
+        return _FAILURES.decode(encode(_refusal(call_id, error)))
+    except Exception:  # noqa: BLE001 - the fields of the error, or its text, are not what they must be
+        return Failure(call_id, "not_accepted", type(error).__name__)
+
+
+def _refusal(call_id: str, error: MeshkitError) -> Failure:
     match error:
         case NoHandler():
             return Failure(call_id, "no_handler")
@@ -192,11 +203,10 @@ def refusal(call_id: str, error: MeshkitError) -> Failure:
         case MalformedFrame():
             return Failure(call_id, "malformed", error.reason[:_MAX_REASON])
         case Overloaded():
-            return Failure(call_id, "overloaded", error.name, error.limit)
+            return Failure(call_id, "overloaded", error.name[:_MAX_REASON], error.limit)
         case RateLimited():
-            return Failure(
-                call_id, "rate_limited", error.name, error.max_count, error.window, retry_after=error.retry_after
-            )
+            name, wait = error.name[:_MAX_REASON], error.retry_after
+            return Failure(call_id, "rate_limited", name, error.max_count, error.window, retry_after=wait)
         case Draining():
             return Failure(call_id, "draining")
         case _:
