@@ -53,8 +53,8 @@ class Mailbox(Generic[T]):
         max_concurrent: int,
     ) -> None:
         self.name = name
-        self._backlog = backlog = Backlog[T](max_mailbox, max_bytes)
-        self._ready = backlog.ready
+        self._backlog: Backlog[T] = Backlog(max_mailbox, max_bytes)
+        self._ready = self._backlog.ready
         self._timers: dict[T, asyncio.TimerHandle] = {}  # of those that rest
         self.running = 0
         self._run = run
