@@ -1,4 +1,4 @@
-"""Two nodes in one process: typed calls, a broadcast, and an error that says what to do."""
+"""Two nodes in one process: typed calls, a broadcast, an error that says what to do, and the story of a message."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ from meshkit import MemoryHub, MemoryTransport, RemoteError
 from meshkit.runtime import Message, Reject, Runtime, Service, broadcast, handles, request
 
 STORE = request("stash:store", bytes, reply=int)  # one node is asked, and replies
-TEASE = broadcast("social:tease", str)  # goes to every node
+TEASE = broadcast("social:tease", str, rate_limit=(1, 60.0))  # goes to every node; one in any minute from each
 
 
 class Stash(Service):
@@ -14,9 +14,9 @@ class Stash(Service):
 
     @handles(STORE)
     async def store(self, msg: Message[bytes]) -> int:
-        if len(msg.payload) > 100:
-            raise Reject("too_big", "100 bytes are enough for anybody")
-        return len(msg.payload)
+        if len(msg.payload) <= 100:
+            return len(msg.payload)
+        raise Reject("too_big", "100 bytes are enough for anybody")
 
     @handles(TEASE)
     async def tease(self, msg: Message[str]) -> None:
@@ -27,12 +27,14 @@ async def main() -> None:
     hub = MemoryHub()  # where they meet
     alice, bob = (Runtime(name, [Stash()], transport=MemoryTransport(hub)) for name in ("alice", "bob"))
     async with alice, bob:
-        print(alice.peers, await alice.call(STORE, b"dear diary", to="bob", timeout=5))
-        await bob.emit(TEASE, "alice")
+        print(await alice.call(STORE, b"dear diary", to="bob", timeout=5))  # without `to`: any node that can
+        print((await alice.call_many(STORE, b"dear all", timeout=5)).replies)
         try:
             await alice.call(STORE, bytes(1000), to="bob", timeout=5)
         except RemoteError as error:
             print(f"{error}; retryable: {error.retryable}")
+        await bob.emit(TEASE, "alice")
+        print(bob.explain(await bob.emit(TEASE, "alice")))
 
 
 if __name__ == "__main__":

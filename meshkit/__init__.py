@@ -130,6 +130,7 @@ if TYPE_CHECKING:
         Local as Local,
         Message as Message,
         MessageDropped as MessageDropped,
+        MessageSent as MessageSent,
         Peer as Peer,
         PeerGone as PeerGone,
         PeerUp as PeerUp,
@@ -151,7 +152,12 @@ if TYPE_CHECKING:
         request as request,
     )
     from meshkit.timeout import TimedOut as TimedOut, Timeout as Timeout
-    from meshkit.transports import MemoryHub as MemoryHub, MemoryTransport as MemoryTransport
+    from meshkit.transports import (
+        MemoryHub as MemoryHub,
+        MemoryTransport as MemoryTransport,
+        TcpLimits as TcpLimits,
+        TcpTransport as TcpTransport,
+    )
 else:  # hidden from type checkers, to whom a __getattr__ would mean that every name exists
     __getattr__, __all__ = lazily(
         __name__,
@@ -227,6 +233,7 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
                 "Local",
                 "Message",
                 "MessageDropped",
+                "MessageSent",
                 "Peer",
                 "PeerGone",
                 "PeerUp",
@@ -247,6 +254,6 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
                 "local",
                 "request",
             ],
-            "transports": ["MemoryHub", "MemoryTransport"],
+            "transports": ["MemoryHub", "MemoryTransport", "TcpLimits", "TcpTransport"],
         },
     )

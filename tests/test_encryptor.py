@@ -359,6 +359,21 @@ def test_what_was_sealed_pickles_and_reads_well() -> None:
 LARGE = bytes(range(256)) * 1024  # 256 KiB, the least that takes a thread
 
 
+@pytest.mark.parametrize("size", [module._LARGE - 1, module._LARGE, module._LARGE + 16, module._LARGE + 17])
+def test_large_messages_are_sealed_the_same_with_what_is_public_of_pynacl(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nonce, data = b"n" * 24, bytes(size)
+    sealed = module._encrypt(data, b"aad", nonce, KEY)
+    altered = sealed[:-1] + bytes([sealed[-1] ^ 1])
+    opened = module._decrypt(sealed, b"aad", nonce, (OLD, KEY))
+    assert module._decrypt(altered, b"aad", nonce, (OLD, KEY)) is None
+    monkeypatch.setattr(module, "_libsodium", None)  # as if PyNaCl had nothing else to offer
+    assert module._encrypt(data, b"aad", nonce, KEY) == sealed
+    assert module._decrypt(sealed, b"aad", nonce, (OLD, KEY)) == opened == data
+    assert module._decrypt(altered, b"aad", nonce, (OLD, KEY)) is None
+
+
 def test_small_messages_take_no_thread_and_do_not_suspend() -> None:
     encryptor = Encryptor(KEY)
     with pytest.raises(StopIteration) as stop:

@@ -60,6 +60,6 @@ def test_a_confidant_that_does_not_give_the_file_back_is_named(
 def test_a_decision_that_the_outlier_has_swayed_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     nodes = make_nodes(5)
     for node in nodes[1:]:
-        node.checkpoint = Checkpoint([node.name for node in nodes], off_by=1000)
+        node.checkpoint = Checkpoint(off_by=1000)
     assert not run(lambda: main(nodes, "file", file(1)))
     assert "despite the outlier: NO" in capsys.readouterr().out

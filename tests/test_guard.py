@@ -448,7 +448,7 @@ def test_what_cannot_be_referred_to_weakly_is_refused_at_once() -> None:
     def make(_: str) -> Slotted:
         return Slotted()
 
-    with pytest.raises(TypeError, match="weak reference to '.*Slotted'"):
+    with pytest.raises(TypeError, match=r"weak reference to '.*Slotted'"):
         PerKey(make)["a"]
 
 

@@ -9,11 +9,14 @@ import msgspec
 
 from meshkit import (
     BatchCollector,
+    Broadcast,
     Bulkhead,
     CallRegistry,
     CircuitBreaker,
     ConsensusHelper,
+    Continue,
     DedupCache,
+    Drop,
     Encryptor,
     Guard,
     Hedger,
@@ -22,15 +25,18 @@ from meshkit import (
     Observer,
     PerKey,
     RateLimiter,
+    Request,
     Retrier,
     RetryPolicy,
     Runtime,
     Sealed,
     Service,
     Stack,
+    Stage,
     State,
     Timeout,
     broadcast,
+    ephemeral,
     handles,
     local,
     majority,
@@ -39,6 +45,7 @@ from meshkit import (
     stack,
     trimmed_mean,
 )
+from meshkit.runtime.stages import Outcome
 
 
 class Store(msgspec.Struct, frozen=True):
@@ -52,6 +59,25 @@ class StoreAck(msgspec.Struct, frozen=True):
 STORE = request("stash:store", Store, reply=StoreAck)
 TEASE = broadcast("social:tease", str)
 STORED = local("stash:stored", int)
+
+
+class Named(msgspec.Struct, frozen=True):
+    name: str
+    data: bytes
+
+
+def no_shouting(msg: Message[Any]) -> Outcome:
+    return Drop("shouting") if msg.payload.isupper() else Continue(msg, lambda: print("delivered"))
+
+
+STORE_2 = STORE.next(Named, reply=int, filter=lambda msg: msg.payload.name != "")
+TEASE_2 = TEASE.next(bytes, upgrade=str.encode, content_key=len, stages=[Stage("no_shouting", no_shouting)])
+assert_type(STORE_2, Request[Named, int])
+assert_type(STORE_2.payload, type[Named])
+assert_type(STORE_2.reply, type[int])
+assert_type(TEASE_2, Broadcast[bytes])
+assert_type(ephemeral("social:typing", str).next(int), Broadcast[int])
+STORE.next(Named, reply=int, upgrade=lambda old: Named("unnamed", old.data))
 
 
 class Stash(Service):
@@ -69,8 +95,10 @@ class Stash(Service):
 
 async def the_runtime_infers_payloads_and_replies(rt: Runtime) -> None:
     assert_type(await rt.call(STORE, Store(b""), to="bob", timeout=5), StoreAck)
+    assert_type(await rt.call(STORE_2, Named("n", b""), to="bob"), int)
     await rt.emit(TEASE, "boo")
     await rt.emit(STORED, 3)
+    await rt.emit(TEASE_2, b"boo")
 
 
 async def fetch(url: str, *, retries: int = 0) -> bytes:

@@ -23,7 +23,7 @@ from examples.mesh.checkpoint import Checkpoint
 from examples.mesh.presence import Presence
 from examples.mesh.social import Social
 from examples.mesh.stash import Stash
-from meshkit import Logger, MemoryHub, MemoryTransport, MeshkitError, Runtime
+from meshkit import Identity, Logger, MemoryHub, MemoryTransport, MeshkitError, Runtime
 
 NAMES = ["alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy"]
 PAUSE = 1.0  # seconds between chapters, so that what is batched is read where it belongs
@@ -35,10 +35,16 @@ class Node:
     """One node and its services."""
 
     name: str
+    identity: Identity
     stash: Stash
     checkpoint: Checkpoint
     social: Social
     presence: Presence
+
+    @property
+    def id(self) -> str:
+        """What it is known by: its public key."""
+        return self.identity.node_id
 
 
 def make_nodes(count: int) -> list[Node]:
@@ -46,8 +52,9 @@ def make_nodes(count: int) -> list[Node]:
     nodes: list[Node] = []
     for position, name in enumerate(names):
         # The last node observes wrongly: it counts a thousandfold.
-        checkpoint = Checkpoint(names, off_by=1000 if position == count - 1 else 1)
-        nodes.append(Node(name, Stash(secrets.token_bytes(32)), checkpoint, Social(), Presence()))
+        checkpoint = Checkpoint(off_by=1000 if position == count - 1 else 1)
+        services = Stash(secrets.token_bytes(32)), checkpoint, Social(), Presence()
+        nodes.append(Node(name, Identity.generate(), *services))
     return nodes
 
 
@@ -58,7 +65,7 @@ class Outcome:
     before: str  # the digest of the file when it was stashed
     after: dict[str, str]  # the digest of what each confidant gave back, or why it gave nothing
     silent: Node
-    subject: str  # whom all nodes have observed
+    subject: Node  # whom all nodes have observed
 
 
 async def read(path: pathlib.Path) -> AsyncIterator[bytes]:
@@ -107,7 +114,7 @@ async def story(nodes: list[Node], hub: MemoryHub, file: str, chunks: AsyncItera
     async with anyio.create_task_group() as chat:
         chat.start_soon(owner.stash.put, watched(chunks, digest.update))
         for node in teasing:
-            await node.social.tease(target.name)
+            await node.social.tease(target.id)
             await anyio.sleep(0.2)
     await until(lambda: len(owner.stash.confidants) == wanted, within=60, what=f"{wanted} nodes keep the file")
     await anyio.sleep(PAUSE)
@@ -117,11 +124,12 @@ async def story(nodes: list[Node], hub: MemoryHub, file: str, chunks: AsyncItera
         f"{nodes[-1].name} counts a thousandfold. All must decide the same, and sensibly.",
     )
     for node in nodes:
-        await node.checkpoint.observe(target.name, restarts=rng.choice([3, 3, 4]), uptime=rng.randint(980, 1020))
-    await until(lambda: all(n.checkpoint.decided for n in nodes), within=3, what="all nodes have decided")
+        node.checkpoint.observe(target.id, restarts=rng.choice([3, 3, 4]), uptime=rng.randint(980, 1020))
+    for node in nodes:
+        await node.checkpoint.decide(target.id)
     await anyio.sleep(PAUSE)
 
-    silent = next(node for node in nodes if node.name in owner.stash.confidants)
+    silent = next(node for node in nodes if node.id in owner.stash.confidants)
     spare = len(nodes) - 1 > wanted
     healing = "another node takes the file in its place" if spare else "there is no other node to take its place"
     heading(
@@ -129,26 +137,27 @@ async def story(nodes: list[Node], hub: MemoryHub, file: str, chunks: AsyncItera
         f"It hears nobody, and nobody hears it. After two calls without an answer the breaker of {owner.name} opens,\n"
         f"and {healing}.",
     )
-    hub.silence(silent.name)
-    await until(lambda: silent.name not in owner.stash.confidants, within=8, what="the breaker has opened")
+    hub.silence(silent.id)
+    await until(lambda: silent.id not in owner.stash.confidants, within=8, what="the breaker has opened")
     if spare:
         await until(lambda: len(owner.stash.confidants) == wanted, within=60, what="the stash has healed")
     await anyio.sleep(PAUSE)
 
-    confidants = sorted(owner.stash.confidants)
+    confidants = [node for node in nodes if node.id in owner.stash.confidants]
     heading(
         f"{owner.name} loses its memory",
-        f"All it has left is its key. It asks each of its confidants for the whole file: {', '.join(confidants)}.",
+        "All it has left are its keys. It asks each of its confidants for the whole file: "
+        f"{', '.join(node.name for node in confidants)}.",
     )
     owner.stash.lose_memory()
     after: dict[str, str] = {}
     for peer in confidants:
         try:
-            after[peer] = hashlib.sha256(await owner.stash.recover(peer)).hexdigest()
+            after[peer.name] = hashlib.sha256(await owner.stash.recover(peer.id)).hexdigest()
         except MeshkitError as error:
-            after[peer] = f"{type(error).__name__}: {error}"
+            after[peer.name] = f"{type(error).__name__}: {error}"
     await anyio.sleep(max(PAUSE, seconds - (asyncio.get_running_loop().time() - started)))
-    return Outcome(digest.hexdigest(), after, silent, target.name)
+    return Outcome(digest.hexdigest(), after, silent, target)
 
 
 def summary(nodes: list[Node], outcome: Outcome) -> bool:
@@ -157,16 +166,16 @@ def summary(nodes: list[Node], outcome: Outcome) -> bool:
     row = "{:<8} {:<7}  {:<14}  {:<27}  {:>16}  {:>12}".format
     print(row("node", "state", "keeps parts of", "decided (restarts, uptime)", "news heard again", "pings spared"))
     for node in nodes:
-        kept = ", ".join(sorted(node.stash.kept)) or "-"
+        kept = ", ".join(owner.name for owner in nodes if owner.id in node.stash.kept) or "-"
         state = "silent" if node is outcome.silent else "up"
-        decided = str(node.checkpoint.decided.get(outcome.subject))
+        decided = str(node.checkpoint.decided.get(outcome.subject.id))
         print(row(node.name, state, kept, decided, node.presence.repeated, node.presence.pings.stats().denied))
     print(f"\n{'sha256 before':<24} {outcome.before}")
     for peer, after in outcome.after.items():
         print(f"{'after, from ' + peer:<24} {after}  {'same' if after == outcome.before else 'DIFFERENT'}")
 
     wanted = min(nodes[0].stash.wanted, len(nodes) - 2)  # all but the owner and the silent one
-    decisions = [node.checkpoint.decided[outcome.subject] for node in nodes]
+    decisions = [node.checkpoint.decided.get(outcome.subject.id, (0, 0)) for node in nodes]
     sensible = all(3 <= restarts <= 4 and 980 <= uptime <= 1020 for restarts, uptime in decisions)
     checks = {
         f"each confidant ({wanted}) gave the file back, byte for byte": (
@@ -174,7 +183,7 @@ def summary(nodes: list[Node], outcome: Outcome) -> bool:
         ),
         f"{outcome.silent.name} is no longer a confidant": outcome.silent.name not in outcome.after,
         f"every other node has noticed that {outcome.silent.name} is silent": all(
-            outcome.silent.name in node.presence.silent for node in nodes if node is not outcome.silent
+            outcome.silent.id in node.presence.silent for node in nodes if node is not outcome.silent
         ),
         "all nodes decided the same, despite the outlier": len(set(decisions)) == 1 and sensible,
     }
@@ -185,11 +194,15 @@ def summary(nodes: list[Node], outcome: Outcome) -> bool:
 
 async def main(nodes: list[Node], file: str, chunks: AsyncIterable[bytes], seconds: float = 0.0) -> bool:
     hub = MemoryHub()
+    members = {node.id for node in nodes}  # whom each of them trusts
     async with AsyncExitStack() as stack:
         for node in nodes:
             services = [node.stash, node.checkpoint, node.social, node.presence]
             logger = Logger(batch_window=0.5, node=node.name, output=sys.stdout)
-            runtime = Runtime(node.name, services=services, transport=MemoryTransport(hub), logger=logger)
+            transport = MemoryTransport(hub)
+            runtime = Runtime(
+                node.name, services, transport=transport, identity=node.identity, trust=members, logger=logger
+            )
             await stack.enter_async_context(runtime)
         outcome = await story(nodes, hub, file, chunks, seconds)
     return summary(nodes, outcome)

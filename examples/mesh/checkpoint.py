@@ -2,50 +2,52 @@
 
 import msgspec
 
-from meshkit import ConsensusHelper, Message, Service, broadcast, handles, trimmed_mean
+from examples.mesh.names import name_of
+from meshkit import ConsensusHelper, Message, Reject, Service, handles, request, trimmed_mean
 
 
 class Vote(msgspec.Struct, frozen=True):
-    """What the sender has observed of `subject`."""
+    """What a node has observed of a subject."""
 
-    subject: str
     restarts: int
     uptime: int
 
 
-VOTE = broadcast("checkpoint:vote", Vote)
+VOTE = request("checkpoint:vote", str, reply=Vote)  # what have you observed of this node?
 
 
 class Checkpoint(Service):
-    """Collects votes about subjects, its own included, and decides when enough are in."""
+    """Votes about nodes when it is asked, and decides by the votes of all."""
 
     name, emoji = "checkpoint", "🏁"
 
-    def __init__(self, voters: list[str], *, off_by: int = 1) -> None:
-        self.voters = voters
+    def __init__(self, *, off_by: int = 1) -> None:
         self.off_by = off_by  # how many times too high this node counts: 1 is right
-        self.restarts: dict[str, ConsensusHelper[int]] = {}
-        self.uptime: dict[str, ConsensusHelper[int]] = {}
+        self.observed: dict[str, Vote] = {}
         self.decided: dict[str, tuple[int, int]] = {}
 
-    def helper(self, of: dict[str, ConsensusHelper[int]], subject: str) -> ConsensusHelper[int]:
-        """Return what counts the votes about `subject`; a decision takes the votes of all who may vote."""
-        if subject not in of:
-            of[subject] = ConsensusHelper(threshold=len(self.voters), aggregator=trimmed_mean, voters=self.voters)
-        return of[subject]
-
-    async def observe(self, subject: str, restarts: int, uptime: int) -> None:
-        """Tell every node what was seen here."""
-        await self.rt.emit(VOTE, Vote(subject, restarts * self.off_by, uptime * self.off_by))
+    def observe(self, subject: str, restarts: int, uptime: int) -> None:
+        """Remember what was seen here."""
+        self.observed[subject] = Vote(restarts * self.off_by, uptime * self.off_by)
 
     @handles(VOTE)
-    async def count(self, msg: Message[Vote]) -> None:
-        """Add a vote, and decide once a quorum is there."""
-        vote = msg.payload
-        restarts, uptime = self.helper(self.restarts, vote.subject), self.helper(self.uptime, vote.subject)
-        restarts.add_vote(msg.sender, vote.restarts)
-        uptime.add_vote(msg.sender, vote.uptime)
-        if restarts.has_quorum and vote.subject not in self.decided:
-            self.decided[vote.subject] = (restarts.result(), uptime.result())
+    async def vote(self, msg: Message[str]) -> Vote:
+        """Say what was seen here."""
+        if msg.payload not in self.observed:
+            raise Reject("not_observed")
+        return self.observed[msg.payload]
+
+    async def decide(self, subject: str) -> None:
+        """Ask every node for its vote, this one included; decide, if more than half have one."""
+        votes = await self.rt.call_many(VOTE, subject, timeout=1.0)
+        quorum = (len(votes.replies) + len(votes.errors)) // 2 + 1
+        restarts: ConsensusHelper[int] = ConsensusHelper(threshold=quorum, aggregator=trimmed_mean)
+        uptime: ConsensusHelper[int] = ConsensusHelper(threshold=quorum, aggregator=trimmed_mean)
+        for voter, vote in votes.replies.items():
+            restarts.add_vote(voter, vote.restarts)
+            uptime.add_vote(voter, vote.uptime)
+        if restarts.has_quorum:
+            self.decided[subject] = (restarts.result(), uptime.result())
             outcome = restarts.outcome()
-            self.log.info("%s restarted %s times", vote.subject, outcome.value, not_counted=list(outcome.trimmed))
+            not_counted = [name_of(self.rt, voter) for voter in votes.replies if voter in outcome.trimmed]
+            self.log.info("%s restarted %s times", name_of(self.rt, subject), outcome.value, not_counted=not_counted)

@@ -2,11 +2,14 @@
 
 Who hears such news verifies it. Verifying is limited to one ping per peer and window: whoever asks more often gets the
 last answer, so that news does not become a storm of pings. News that comes from several nodes at once is heard once.
+
+A runtime notices by itself who has fallen silent, some seconds later than this, and does not ask anybody else.
 """
 
 import anyio
 import msgspec
 
+from examples.mesh.names import name_of
 from meshkit import DedupCache, MeshkitError, Message, RateLimiter, Service, broadcast, handles, request
 
 
@@ -47,7 +50,7 @@ class Presence(Service):
             for peer in sorted(self.rt.peers):
                 present = await self.verify(peer)
                 if peer not in self.rt.peers:
-                    continue  # it has left the mesh, which is not silence
+                    continue  # it has left the mesh, or is gone for the runtime too: that is no news
                 if self.note(peer, present=present):
                     await self.rt.emit(NEWS, News(peer, present))
             await anyio.sleep(self.every)
@@ -83,9 +86,10 @@ class Presence(Service):
             self.repeated += 1
             return
         self.gossip.forget(f"{news.about} {not news.present}")
-        if news.about == self.rt.name:
+        if news.about == self.rt.node:
             return
         found = await self.verify(news.about)
         self.note(news.about, present=found)
         doubt = "" if found is news.present else ", but not to me"
-        self.log.info("%s is %s, says %s%s", news.about, "back" if news.present else "silent", msg.sender, doubt)
+        about, sender = name_of(self.rt, news.about), name_of(self.rt, msg.sender)
+        self.log.info("%s is %s, says %s%s", about, "back" if news.present else "silent", sender, doubt)

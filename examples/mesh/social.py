@@ -2,6 +2,7 @@
 
 import msgspec
 
+from examples.mesh.names import name_of
 from meshkit import Message, Service, broadcast, handles
 
 
@@ -30,5 +31,5 @@ class Social(Service):
     async def hear(self, msg: Message[Tease]) -> None:
         """Log a tease on the node that it is about: once is enough, as all nodes share one terminal."""
         self.heard += 1
-        if msg.payload.target == self.rt.name:
-            self.log.event("tease", msg.sender, target=msg.payload.target)
+        if msg.payload.target == self.rt.node:
+            self.log.event("tease", name_of(self.rt, msg.sender), target=self.rt.name)

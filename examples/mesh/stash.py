@@ -9,6 +9,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable
 import anyio
 import msgspec
 
+from examples.mesh.names import name_of
 from meshkit import (
     CallTimeout,
     CircuitBreaker,
@@ -83,7 +84,7 @@ class Stash(Service):
                 failure_threshold=2,
                 reset_timeout=5.0,
                 trips_on=(OutcomeUnknown, Unreachable),
-                name=f"breaker of {peer}",
+                name=f"breaker of {name_of(self.rt, peer)}",
                 observer=self.tell,
             )
         )
@@ -110,7 +111,7 @@ class Stash(Service):
     async def find_confidants(self) -> None:
         """Entrust the file to as many peers as are wanted, or as there are that answer."""
         async with self.finding:  # one search at a time, or a peer would be given everything twice
-            for peer in sorted(self.rt.peers):
+            for peer, known in sorted(self.rt.peers.items(), key=lambda item: item[1].name):
                 if len(self.confidants) >= self.wanted:
                     return
                 if peer in self.confidants or self.breakers[peer].state is not State.CLOSED:
@@ -118,7 +119,7 @@ class Stash(Service):
                 if await self.entrust(peer):
                     self.confidants.add(peer)
                     parts = f"{len(self.mine)} part{'s' if len(self.mine) > 1 else ''}"
-                    self.log.event("entrust", self.rt.name, target=peer, message=parts)
+                    self.log.event("entrust", self.rt.name, target=known.name, message=parts)
 
     async def entrust(self, peer: str) -> bool:
         """Leave every part with `peer`; return whether it has them all now."""
@@ -126,7 +127,7 @@ class Stash(Service):
             for part in self.mine:
                 await self.ask(peer, part)
         except MeshkitError as error:
-            self.log.warning("cannot leave it with %s", peer, reason=str(error))
+            self.log.warning("cannot leave it with %s", name_of(self.rt, peer), reason=str(error))
             return False
         return True
 
@@ -145,15 +146,15 @@ class Stash(Service):
                     if not await breaker.call(self.rt.call, CHECK, len(self.mine), to=peer, timeout=0.5):
                         self.confidants.discard(peer)
                 except CallTimeout:
-                    self.log.warning("no answer from %s", peer)
+                    self.log.warning("no answer from %s", name_of(self.rt, peer))
                 except MeshkitError as error:
                     self.confidants.discard(peer)
-                    self.log.warning("%s is no longer a confidant", peer, reason=str(error))
+                    self.log.warning("%s is no longer a confidant", name_of(self.rt, peer), reason=str(error))
             if self.mine and len(self.confidants) < self.wanted:
                 await self.find_confidants()
 
     def lose_memory(self) -> None:
-        """Forget everything but the key."""
+        """Forget everything but the keys."""
         self.kept, self.mine, self.confidants = {}, [], set()
 
     async def recover(self, peer: str) -> bytes:
@@ -183,7 +184,7 @@ class Stash(Service):
         await self.take_turn(self.storing, msg.sender)
         kept = self.kept.setdefault(msg.sender, {})
         kept[msg.payload.number] = msg.payload
-        self.log.event("store", msg.sender, message=f"stored {len(msg.payload.sealed):,} bytes")
+        self.log.event("store", name_of(self.rt, msg.sender), message=f"stored {len(msg.payload.sealed):,} bytes")
         return len(kept)
 
     @handles(CHECK)
@@ -193,10 +194,10 @@ class Stash(Service):
 
     @handles(RECALL)
     async def give_back(self, msg: Message[Recall]) -> Part:
-        """Give a part back to whoever left it: nobody else can ask for it."""
+        """Give a part back to whoever left it: nobody else can prove to be the sender."""
         await self.take_turn(self.recalling, msg.sender)
         part = self.kept.get(msg.sender, {}).get(msg.payload.number)
         if part is None:
-            raise Reject("not_found", f"no part {msg.payload.number} of {msg.sender} is here")
-        self.log.event("request", msg.sender)
+            raise Reject("not_found", f"no part {msg.payload.number} of yours is here")
+        self.log.event("request", name_of(self.rt, msg.sender))
         return part

@@ -12,14 +12,13 @@ from meshkit.runtime.behavior import (
     request,
 )
 from meshkit.runtime.calls import Replies, TooFewReplies
-from meshkit.runtime.handling import Reject, handles
+from meshkit.runtime.failures import DeadLetter
 from meshkit.runtime.identity import Identity
-from meshkit.runtime.journal import MessageDropped, RuntimeStats
-from meshkit.runtime.letters import DeadLetter
+from meshkit.runtime.journal import MessageDropped, MessageSent, RuntimeStats
 from meshkit.runtime.message import Message
 from meshkit.runtime.presence import Peer, PeerGone, PeerUp
 from meshkit.runtime.runtime import Runtime
-from meshkit.runtime.service import Service, ServiceFailed
+from meshkit.runtime.service import Reject, Service, ServiceFailed, handles
 from meshkit.runtime.stages import Continue, Drop, Fail, Stage
 from meshkit.runtime.transport import Receiver, Transport
 
@@ -35,6 +34,7 @@ __all__ = [
     "Local",
     "Message",
     "MessageDropped",
+    "MessageSent",
     "Peer",
     "PeerGone",
     "PeerUp",

@@ -20,30 +20,24 @@ A newer version is declared from the one before, with what makes one from the ot
 Request('stash:store', Stored, version=2, reply=StoreAck)
 """
 
-import contextlib
 import functools
-import types
-import typing
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypedDict, TypeVar, Unpack, get_args
+from typing import Any, ClassVar, Generic, Literal, TypeVar, Unpack
 
 import msgspec
 
-from meshkit import _check
 from meshkit.retrier import RetryPolicy
+from meshkit.runtime.declared import Declared
 from meshkit.runtime.message import Message, check_name
-from meshkit.runtime.stages import EMIT, Continue, Outcome, Pipeline, Stage
-from meshkit.runtime.wire import require_portable
+from meshkit.runtime.options import OnError, Options, Overflow, check_options
+from meshkit.runtime.stages import EMIT, Continue, Outcome, Pipeline, Stage, Step
 
 __all__ = [
     "Behavior",
     "Broadcast",
     "Ephemeral",
     "Local",
-    "OnError",
-    "Options",
-    "Overflow",
     "Request",
     "broadcast",
     "ephemeral",
@@ -55,26 +49,6 @@ P = TypeVar("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 S = TypeVar("S")
-
-
-OnError: TypeAlias = Literal["log", "drop", "dead_letter", "raise"]
-Overflow: TypeAlias = Literal["refuse", "wait", "drop_newest", "drop_oldest"]
-
-
-class Options(TypedDict, Generic[P], total=False):
-    """What a behavior may declare beside its types. `Behavior` says what each means."""
-
-    content_key: Callable[[P], Hashable] | None
-    remember: float
-    rate_limit: tuple[int, float] | None
-    filter: Callable[[Message[P]], bool] | None
-    order_by: Literal["sender"] | Callable[[Message[P]], Hashable] | None
-    max_mailbox: int | None
-    max_concurrent: int | None
-    overflow: Overflow
-    retry: RetryPolicy | None
-    on_error: OnError
-    stages: Sequence[Stage]
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,8 +64,9 @@ class Behavior(Generic[P]):
     _: KW_ONLY
     content_key: Callable[[P], Hashable] | None = None
     """Messages with the same key are the same message, whoever sends them: only the first is handled."""
-    remember: float = 60.0
-    """Seconds for which a message is remembered, by its content key or else its id, so that it is not handled twice."""
+    remember: float | None = None
+    """Seconds (60 by default) for which a message that came into a mailbox is remembered, by its content key or else
+    its id, so that it is not handled twice. What is local or ephemeral is remembered by its content key only."""
     rate_limit: tuple[int, float] | None = None
     """(10, 60.0): from each sender, no more than 10 messages in any 60 s. More are refused."""
     filter: Callable[[Message[P]], bool] | None = None
@@ -118,51 +93,27 @@ class Behavior(Generic[P]):
 
     OVERFLOWS: ClassVar[tuple[Overflow, ...]]
     """The rules for overflow that make sense for this kind; the first is the default."""
+    REMEMBERS_IDS: ClassVar[bool] = False
+    """Whether a message without a content key is remembered by its id, for as long as `remember` says."""
 
     def __post_init__(self) -> None:
         check_name("the kind of a behavior", self.kind)
-        self._require_type("payload", self.payload)
+        _ = self._declared_payload  # which raises if that is no type
         try:
             self._check_options()
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.kind}: {error}") from None
 
     def _check_options(self) -> None:
-        _check.duration("remember", self.remember)
-        if self.rate_limit is not None:
-            max_count, window = self.rate_limit
-            _check.count("max_count of rate_limit", max_count)
-            _check.duration("window of rate_limit", window)
-        for name in ("max_mailbox", "max_concurrent"):
-            if getattr(self, name) is not None:
-                _check.count(name, getattr(self, name))
-        for name in ("content_key", "filter", "upgrade"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be a function, not {getattr(self, name)!r}")
-        if not (self.order_by is None or self.order_by == "sender" or callable(self.order_by)):
-            raise ValueError(f"order_by must be 'sender' or a function of the message, not {self.order_by!r}")
+        """Raise an error for an option that cannot be, or makes no sense here."""
+        check_options(self, self.OVERFLOWS)
         if self.overflow is None:
             object.__setattr__(self, "overflow", self.OVERFLOWS[0])
-        elif self.overflow not in self.OVERFLOWS:
-            raise ValueError(f"overflow must be one of {', '.join(self.OVERFLOWS)} here, not {self.overflow!r}")
-        if self.retry is not None and not isinstance(self.retry, RetryPolicy):
-            raise TypeError(f"retry must be a RetryPolicy, not {self.retry!r}")
-        if self.retry is not None and (self.retry.timeout or self.retry.attempt_timeout):
-            raise ValueError("retry is bounded by max_retries and the caller's deadline: it takes no timeouts")
-        if self.on_error not in get_args(OnError):
-            raise ValueError(f"on_error must be one of {', '.join(get_args(OnError))}, not {self.on_error!r}")
         object.__setattr__(self, "stages", tuple(self.stages))
-        for stage in self.stages:
-            if not isinstance(stage, Stage):
-                raise TypeError(f"stages must be of Stage(name, run), not {stage!r}")
-        names = [stage.name for stage in self.stages]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two stages of the same name: {', '.join(names)}")
-
-    def _require_type(self, what: str, declared: object) -> None:
-        if isinstance(declared, type) or typing.get_origin(declared) is not None or declared is Any:
-            return
-        raise TypeError(f"{self.kind}: {what} must be a type, not {declared!r}")
+        if self.remember is not None and self.content_key is None and not self.REMEMBERS_IDS:
+            raise ValueError("remember needs a content_key here: nothing is remembered by its id")
+        if (self.upgrade or self.older) and type(self.older) is not type(self):
+            raise TypeError("a newer version is declared from the one before: OLDER.next(...)")
 
     @property
     def version(self) -> int:
@@ -184,17 +135,22 @@ class Behavior(Generic[P]):
         return f"{type(self).__name__}({self._signature()})"
 
     def _signature(self) -> str:
-        return f"{self.kind!r}, {_name(self.payload)}" + (f", version={self.version}" if self.older else "")
+        return f"{self.kind!r}, {self._declared_payload}" + (f", version={self.version}" if self.older else "")
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}  # decoders do not pickle
+
+    @property
+    def ttl(self) -> float:
+        """Seconds for which its messages are remembered."""
+        return 60.0 if self.remember is None else self.remember
 
     @functools.cached_property
     def emitting(self) -> Pipeline | None:
         """What a message of this kind goes through on its way out, if that is anything of its own."""
         custom = [stage for stage in self.stages if stage.on == "emit"]
-        own = [] if self.content_key is None else [("content_key", self._check_content_key)]
-        return Pipeline(own, custom, EMIT) if own or custom else None
+        own = [] if self.content_key is None else [Step("content_key", self._check_content_key)]
+        return Pipeline(own, custom, EMIT, self.check) if own or custom else None
 
     def _check_content_key(self, message: Message[Any]) -> Outcome:
         """Let a key that cannot be one be an error of who emits it, and not of all who receive it."""
@@ -202,23 +158,21 @@ class Behavior(Generic[P]):
         return Continue(message)
 
     @functools.cached_property
+    def _declared_payload(self) -> Declared[P]:
+        return Declared(f"{self.kind}: the payload", self.payload)
+
+    @property
     def decoder(self) -> msgspec.msgpack.Decoder[P]:
-        """What decodes its payload, checking every field. Made at first use, when all types are defined."""
-        require_portable(self.payload)
-        return msgspec.msgpack.Decoder(self.payload)
+        """What decodes its payload, checking every field."""
+        return self._declared_payload.decoder
 
     def prepare(self) -> None:
         """Raise an error if its types cannot travel, and have to."""
         _ = self.decoder
 
-    @functools.cached_property
-    def _class(self) -> Any:
-        return _checkable(self.payload)
-
     def check(self, payload: object) -> None:
         """Raise `TypeError` unless `payload` is of the declared type, as far as `isinstance` can tell."""
-        if not isinstance(payload, self._class):
-            raise TypeError(f"{self.kind}: the payload must be {_name(self.payload)}, not {type(payload).__name__}")
+        self._declared_payload.check(payload)
 
 
 @dataclass(frozen=True, repr=False)
@@ -226,6 +180,12 @@ class Local(Behavior[P]):
     """A kind that never leaves its node: handlers get the very object that was emitted."""
 
     OVERFLOWS: ClassVar[tuple[Overflow, ...]] = ("wait", "refuse", "drop_newest", "drop_oldest")
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        early = [stage.name for stage in self.stages if stage.before == "decode"]
+        if early:
+            raise ValueError(f"stage {early[0]!r} cannot come before decode: what is local is not encoded")
 
     def prepare(self) -> None:
         """Do nothing: any type will do."""
@@ -236,11 +196,15 @@ class Broadcast(Behavior[P]):
     """A kind that goes to every node, the one that emits it included; or to the one node that `emit` names."""
 
     OVERFLOWS: ClassVar[tuple[Overflow, ...]] = ("drop_newest", "drop_oldest")
+    REMEMBERS_IDS: ClassVar[bool] = True
 
     def next(
         self, payload: type[S], *, upgrade: Callable[[P], S] | None = None, **options: Unpack[Options[S]]
     ) -> "Broadcast[S]":
-        """Declare the next version. Without `upgrade`, there must be handlers of this version, too."""
+        """Declare the next version, with options of its own. Without `upgrade`, this one must have handlers, too.
+
+        What comes as this version is upgraded, and from then on dealt with as the next one says.
+        """
         return type(self)(self.kind, payload, older=self, upgrade=upgrade, **options)  # type: ignore[arg-type,return-value]
 
 
@@ -249,6 +213,7 @@ class Ephemeral(Broadcast[P]):
     """A broadcast that is of use only while it is fresh: where there is no room for all, the oldest goes."""
 
     OVERFLOWS: ClassVar[tuple[Overflow, ...]] = ("drop_oldest", "drop_newest")
+    REMEMBERS_IDS: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, repr=False)
@@ -261,10 +226,15 @@ class Request(Behavior[P], Generic[P, R_co]):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require_type("reply", self.reply)
+        _ = self._declared_reply
+
+    def _check_options(self) -> None:
+        super()._check_options()
+        if self.content_key is not None:
+            raise ValueError("content_key makes no sense for a request: each caller waits for a reply of its own")
 
     def _signature(self) -> str:
-        return f"{super()._signature()}, reply={_name(self.reply)}"
+        return f"{super()._signature()}, reply={self._declared_reply}"
 
     def next(
         self,
@@ -274,44 +244,29 @@ class Request(Behavior[P], Generic[P, R_co]):
         upgrade: Callable[[P], S] | None = None,
         **options: Unpack[Options[S]],
     ) -> "Request[S, R]":
-        """Declare the next version. Without `upgrade`, there must be a handler of this version, too.
+        """Declare the next version, with options of its own. Without `upgrade`, this one must have a handler, too.
 
-        With `upgrade` the one handler answers both, so that they must have the same `reply`.
+        With `upgrade` the one handler answers both, so that they must have the same `reply`. What comes as this version
+        is upgraded, and from then on dealt with as the next one says.
         """
         return Request(self.kind, payload, reply, older=self, upgrade=upgrade, **options)
 
     @functools.cached_property
+    def _declared_reply(self) -> Declared[R_co]:
+        return Declared(f"{self.kind}: the reply", self.reply)
+
+    @property
     def reply_decoder(self) -> msgspec.msgpack.Decoder[R_co]:
         """What decodes its reply, checking every field."""
-        require_portable(self.reply)
-        return msgspec.msgpack.Decoder(self.reply)
+        return self._declared_reply.decoder
 
     def prepare(self) -> None:
         """Raise an error if its types cannot travel."""
         _ = self.decoder, self.reply_decoder
 
-    @functools.cached_property
-    def _reply_class(self) -> Any:
-        return _checkable(self.reply)
-
     def check_reply(self, reply: object) -> None:
         """Raise `TypeError` unless `reply` is of the declared type, as far as `isinstance` can tell."""
-        if not isinstance(reply, self._reply_class):
-            raise TypeError(f"{self.kind}: the reply must be {_name(self.reply)}, not {type(reply).__name__}")
-
-
-def _checkable(declared: object) -> Any:
-    """Return what `isinstance` can check `declared` by: list for list[int]; object, where nothing can."""
-    for candidate in (declared, typing.get_origin(declared)):
-        if isinstance(candidate, type) and candidate not in {Any, types.UnionType, typing.Annotated}:
-            with contextlib.suppress(TypeError):  # parametrised, or a protocol: not for isinstance
-                isinstance(None, candidate)
-                return candidate
-    return object
-
-
-def _name(declared: object) -> str:
-    return declared.__name__ if isinstance(declared, type) and not typing.get_origin(declared) else str(declared)
+        self._declared_reply.check(reply)
 
 
 def local(kind: str, payload: type[P], **options: Unpack[Options[P]]) -> Local[P]:

@@ -5,7 +5,7 @@ asked. Whoever gives up, for whatever reason, lets that node know, so that it do
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -14,7 +14,7 @@ import msgspec
 
 from meshkit import _check, _time
 from meshkit.call_registry import CallRegistry
-from meshkit.errors import CallTimeout, MeshkitError, NoQuorum, PeerLost, Refused, RemoteError
+from meshkit.errors import CallTimeout, Executed, MeshkitError, OutcomeUnknown, PeerLost, Refused, RemoteError
 from meshkit.runtime.behavior import Request
 from meshkit.runtime.message import Message
 from meshkit.runtime.wire import Ask, Cancel, Failure, Reply, Wire, encode_payload, to_error
@@ -36,14 +36,23 @@ class Replies(Generic[R]):
 
 
 @dataclass(eq=False, kw_only=True)
-class TooFewReplies(NoQuorum):
-    """Too few of the nodes that were asked have replied; `partial` has the replies that came, and the errors."""
+class TooFewReplies(OutcomeUnknown):
+    """Fewer nodes than were needed have replied; `replies` and `errors` say what came of asking the others.
 
-    partial: Replies[Any] = field(default_factory=lambda: Replies({}, {}))
+    `executed` is "no" only if no node has begun.
+    """
+
+    name: str
+    quorum: int
+    replies: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    errors: Mapping[str, MeshkitError] = field(default_factory=dict[str, MeshkitError])
+    executed: Executed = "maybe"  # type: ignore[misc]  # as of Closed, its answer depends on what has happened
 
     def _sentence(self) -> str:
-        why = "; ".join(f"{node}: {error}" for node, error in self.partial.errors.items())
-        return f"{self.name}: {self.votes} of {self.threshold} replies came ({why})"
+        why = "; ".join(f"{node}: {error}" for node, error in [*self.errors.items()][:3])
+        more = f"; and {len(self.errors) - 3} others" if len(self.errors) > 3 else ""
+        replies = "1 reply" if self.quorum == 1 else f"{self.quorum} replies"
+        return f"{self.name}: fewer than {replies} came{f' ({why}{more})' if why else ''}"
 
 
 class Calls:
@@ -53,6 +62,8 @@ class Calls:
         self._node = node
         self._post = post
         self._registry: CallRegistry[msgspec.Raw] = CallRegistry(name=f"calls of node {node!r}")
+        self._loop = asyncio.get_running_loop()
+        self._now = _time.Clock().now
         self._asked: dict[str, tuple[str, str]] = {}  # by id of a call: the node that was asked, and the kind
 
     def __len__(self) -> int:
@@ -61,7 +72,7 @@ class Calls:
     async def call(self, behavior: Request[P, R], message: Message[P], to: str, timeout: float) -> R:
         """Ask the node `to`, and return its reply."""
         kind, call_id = behavior.kind, message.id
-        remaining = min(timeout, anyio.current_effective_deadline() - _time.now())
+        remaining = min(timeout, anyio.current_effective_deadline() - self._now())
         remaining = max(0.0, min(remaining, _LONGEST))  # the deadline of a scope that has been cancelled is -infinity
         encoded = encode_payload(message.payload)
         ask = Ask(call_id, kind, behavior.version, message.time, int(remaining * 1000), encoded)
@@ -99,50 +110,66 @@ class Calls:
         self._registry.reject(call_id, error)
 
     def lost(self, node: str) -> None:
-        """Fail the calls that wait for a node that has gone."""
-        for call_id in [call_id for call_id, (asked, _) in self._asked.items() if asked == node]:
-            self._registry.reject(call_id, PeerLost(node=node))
+        """Fail the calls that wait for a node that has gone, when those that have not left yet have been refused."""
+        for call_id, asked in self._asked.items():
+            if asked[0] == node:
+                self._loop.call_soon(self._lost, call_id, asked)
+
+    def _lost(self, call_id: str, asked: tuple[str, str]) -> None:
+        if self._asked.get(call_id) is asked:  # else it has ended meanwhile, and its id may be used again
+            self._registry.reject(call_id, PeerLost(node=asked[0]))
 
     def close(self) -> None:
         """Fail every call that still waits for its answer."""
         self._registry.close()
 
 
-async def first_that_takes_it(nodes: Sequence[str], call: Callable[[str], Any]) -> Any:
-    """Ask one node after the other, until one does not refuse; raise the last refusal if all do."""
+async def first_that_takes_it(nodes: Sequence[str], timeout: float, call: Callable[[str, float], Awaitable[R]]) -> R:
+    """Ask one node after the other, until one does not refuse; raise the last refusal if all do, or time runs out."""
+    deadline = _time.now() + timeout
     for node in nodes[:-1]:
         try:
-            return await call(node)
+            return await call(node, timeout)
         except Refused:
-            continue
-    return await call(nodes[-1])
+            timeout = deadline - _time.now()
+            if timeout <= 0:
+                raise
+    return await call(nodes[-1], timeout)
 
 
-async def gather(nodes: Sequence[str], call: Callable[[str], Any], *, quorum: int | None, name: str) -> Replies[Any]:
+async def gather(
+    nodes: Sequence[str], call: Callable[[str], Awaitable[R]], *, quorum: int | None, name: str
+) -> Replies[R]:
     """Ask all nodes at once; return when `quorum` have replied (None: when each has answered).
 
     Raises:
-        TooFewReplies: The quorum cannot be reached any more.
+        TooFewReplies: The quorum cannot be reached, or not any more.
+        Exception: What a call raised that no node has answered: it was called wrongly.
     """
-    if quorum is not None:
-        _check.count("quorum", quorum)
-        if quorum > len(nodes):
-            raise ValueError(f"quorum must be at most the number of nodes that are asked, {len(nodes)}, not {quorum}")
-    replies: dict[str, Any] = {}
+    needed = 0 if quorum is None else _check.count("quorum", quorum)
+    replies: dict[str, R] = {}
     errors: dict[str, MeshkitError] = {}
+    wrong: list[Exception] = []
 
     async def ask(node: str, scope: anyio.CancelScope) -> None:
         try:
             replies[node] = await call(node)
         except MeshkitError as error:
-            errors[node] = error
-        if quorum is not None and (len(replies) >= quorum or len(nodes) - len(errors) < quorum):
+            errors[node] = error.with_traceback(None)  # which would hold this frame, and it the error
+        except Exception as error:  # noqa: BLE001 - raised below, without a group around it
+            wrong.append(error)
+        if wrong or (quorum is not None and (len(replies) >= needed or len(nodes) - len(errors) < needed)):
             scope.cancel()
 
-    async with anyio.create_task_group() as group:
-        for node in nodes:
-            group.start_soon(ask, node, group.cancel_scope, name=f"{name}:{node}")
-    partial: Replies[Any] = Replies(replies, errors)
-    if quorum is not None and len(replies) < quorum:
-        raise TooFewReplies(name=name, votes=len(replies), threshold=quorum, partial=partial)
-    return partial
+    if needed <= len(nodes):
+        async with anyio.create_task_group() as group:
+            for node in nodes:
+                group.start_soon(ask, node, group.cancel_scope, name=f"{name}:{node}")
+    if wrong:
+        raise wrong[0]
+    if len(replies) >= needed:
+        return Replies(replies, errors)
+    asked = len(nodes) if needed <= len(nodes) else 0
+    refused = [error for error in errors.values() if error.executed == "no"]
+    executed: Executed = "no" if len(refused) == asked else "maybe"
+    raise TooFewReplies(name=name, quorum=needed, replies=replies, errors=errors, executed=executed)

@@ -22,24 +22,22 @@ Traceback (most recent call last):
 meshkit.errors.Replayed: The message was seen before.
 """
 
-import heapq
+import functools
 import inspect
 import os
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
-from meshkit import _check
-from meshkit._chunks import BytesLike, as_bytes, size_of
 from meshkit.encryptor import Encryptor
-from meshkit.errors import BadSignature, MalformedFrame, Overloaded, Replayed, Stale, UnknownSender
+from meshkit.errors import BadSignature, MalformedFrame, Replayed, Stale, UnknownSender
 from meshkit.runtime.identity import SIGNATURE_SIZE, Identity, node_id_of, public_key_of, verify
+from meshkit.runtime.replay import MICRO, ReplayWindow
 
-__all__ = ["Opened", "Prover", "ReplayWindow", "Trust"]
+__all__ = ["Opened", "Prover", "Trust", "claimed_sender"]
 
-K = TypeVar("K", str, bytes)
 Trust: TypeAlias = Collection[str] | Callable[[str], bool] | None
 """Whom a node listens to: these node ids, or those for which the predicate returns True, or (None) anyone."""
 
@@ -50,7 +48,7 @@ _OVERHEAD = _HEADER.size + SIGNATURE_SIZE  # bytes, at most
 _EVERY_NODE = bytes(32)  # is no node's key: as a point of the curve it has small order
 _CONTEXT = "meshkit sealed frame 1 from {} to {}"
 _SIGNED_TAG = b"meshkit signed frame 1\0"
-_MICRO = 1_000_000  # µs in a second
+_SKEW = 2.0  # seconds by which a stamp may be older than the start of the node
 _MAX_PEERS = 2_000  # whose derived keys are kept: it takes 300 µs to derive them
 
 
@@ -58,7 +56,8 @@ _MAX_PEERS = 2_000  # whose derived keys are kept: it takes 300 µs to derive th
 class Opened:
     """What was in a frame: node `sender` said so, at `time` by its clock (seconds since the epoch). That is proved.
 
-    If `stale` is not None, it came at the wrong time, and perhaps not for the first time: refuse what it asks.
+    If `stale` is not None, it came too late, and perhaps not for the first time: refuse what it asks. It will never be
+    accepted.
     """
 
     sender: str
@@ -66,53 +65,6 @@ class Opened:
     to_all: bool
     time: float
     stale: Stale | None
-
-
-class ReplayWindow:
-    """The core: which stamps are accepted now, and what was accepted already. Times are whole µs since the epoch.
-
-    A stamp is accepted up to `window` before and after now, and never if it is less than the floor. What is accepted is
-    remembered until it would be no more. The clock may go back: so the floor rises to above all that is forgotten, and
-    no further, lest a clock that once was years ahead make everything stale when it is set right.
-
-    Keys lie in sets by the tenth of a second of their stamp; each new one takes up to two sets along that are due.
-    """
-
-    SLOT = _MICRO // 10
-
-    def __init__(self, *, window: int, floor: int, max_keys: int) -> None:
-        self.window, self.floor, self.max_keys = window, floor, max_keys
-        self.count = 0
-        self._slots: dict[int, set[bytes]] = {}
-        self._order: list[int] = []  # a heap of the slots
-
-    def accepts(self, stamp: int, now: int) -> bool:
-        """Return whether what is stamped so is neither too old nor too new."""
-        return stamp >= self.floor and -self.window <= now - stamp <= self.window
-
-    def add(self, key: bytes, stamp: int, now: int) -> bool:
-        """Return False if `key` was added with this stamp, which is accepted now; else remember it, and return True.
-
-        Raises:
-            Overloaded: It would be one too many, and none of the others may be forgotten yet.
-        """
-        slot = stamp // self.SLOT
-        keys = self._slots.get(slot)
-        if keys is not None and key in keys:
-            return False
-        for _ in range(2):  # one would never catch up; and as no set is empty, one is enough to make room
-            if self._order and (end := (self._order[0] + 1) * self.SLOT) + self.window <= now:
-                self.floor = max(self.floor, end)
-                self.count -= len(self._slots.pop(heapq.heappop(self._order)))
-        if self.count >= self.max_keys:
-            wait = (self._order[0] + 1) * self.SLOT + self.window - now
-            raise Overloaded(name="memory of frames", limit=self.max_keys, retry_after=wait / _MICRO)
-        if keys is None:
-            keys = self._slots[slot] = set()
-            heapq.heappush(self._order, slot)
-        keys.add(key)
-        self.count += 1
-        return True
 
 
 class _Peer(NamedTuple):
@@ -131,9 +83,8 @@ class Prover:
         trust: Whom it listens to. Node ids are copied. A predicate is asked for every frame and must return a bool; one
             that raises does not trust, and its error is the `__cause__` of the `UnknownSender`.
         window: By how many seconds the stamp of a frame may be off, either way.
-        started: When the node started, which remembers nothing of what it accepted before.
-        skew: How many seconds before `started` a stamp may be all the same, because clocks differ. What was accepted
-            before a restart, and is stamped after that, could be accepted once more.
+        started: When the node started, which remembers nothing of what it accepted before. A stamp may be 2 s older,
+            because clocks differ; what was accepted before a restart, and is stamped so, could be accepted once more.
         max_frame: How many bytes a frame may have. `max_bundle`, what then remains for a bundle, is an attribute.
         max_remembered: How many accepted frames it can remember, each until its stamp is out of the window; 170 bytes.
     """
@@ -145,24 +96,18 @@ class Prover:
         trust: Trust = None,
         window: float = 30.0,
         started: float,
-        skew: float = 2.0,
         max_frame: int = 1024 * 1024,
         max_remembered: int = 250_000,
     ) -> None:
         self.identity = identity
         self._trust: Callable[[str], object] = _predicate(trust)
-        self._max_frame = _check.count("max_frame", max_frame, minimum=_OVERHEAD + 1)
+        self._max_frame = max_frame
         self.max_bundle = max_frame - _OVERHEAD
         self.seen = ReplayWindow(
-            window=round(_check.duration("window", window) * _MICRO),
-            floor=round((started - _check.duration("skew", skew, zero=True)) * _MICRO),
-            max_keys=_check.count("max_remembered", max_remembered),
+            window=round(window * MICRO), floor=round((started - _SKEW) * MICRO), max_keys=max_remembered
         )
-        self._recipients: OrderedDict[str, _Peer] = OrderedDict()  # those that were used last, as are
-        self._senders: OrderedDict[bytes, _Peer] = OrderedDict()
-
-    def __repr__(self) -> str:
-        return f"Prover({self.identity.node_id!r}, remembered={self.seen.count})"
+        self._recipient = functools.lru_cache(_MAX_PEERS)(functools.partial(_recipient, identity))
+        self._senders: OrderedDict[bytes, _Peer] = OrderedDict()  # those that were used last
 
     def trusts(self, node_id: str) -> bool:
         """Return whether frames of this node are taken; a predicate that raises does not trust."""
@@ -172,44 +117,41 @@ class Prover:
             return False
         return True
 
-    def seal(self, recipient: str, bundle: BytesLike, now: float) -> bytes:
+    def seal(self, recipient: str, bundle: bytes | bytearray, now: float) -> bytes:
         """Return the frame that takes `bundle` to one node, which alone can read it.
 
         Raises:
             ValueError: `recipient` is not a node id, or is this node; or `bundle` is larger than `max_bundle`.
         """
-        bundle = self._bundle(bundle)
-        peer = self._recipients.get(recipient)
-        if peer is None:
-            if recipient == self.identity.node_id:
-                raise ValueError("a node does not send frames to itself")
-            peer = self._peer(recipient, public_key_of(recipient), _CONTEXT.format(self.identity.node_id, recipient))
-        _keep(self._recipients, recipient, peer)
+        self._require_room(bundle)
+        peer = self._recipient(recipient)
         header = self._header(_SEALED, peer.key, now)
         return header + peer.encryptor.seal_combined(bundle, aad=header)
 
-    def sign(self, bundle: BytesLike, now: float) -> bytes:
+    def sign(self, bundle: bytes | bytearray, now: float) -> bytes:
         """Return the frame that takes `bundle` to every node; `ValueError` if it is larger than `max_bundle`."""
-        bundle = self._bundle(bundle)
+        self._require_room(bundle)
         header = self._header(_SIGNED, _EVERY_NODE, now)
         return b"".join((header, self.identity.sign(_SIGNED_TAG + header + bundle), bundle))
 
-    def open(self, frame: BytesLike, now: float) -> Opened:
+    def open(self, frame: bytes, now: float) -> Opened:
         """Return what is in the frame, the cheapest checks first; nothing is remembered of one that is not proved.
 
-        A frame that is proved, but stamped at the wrong time, is returned with `stale` set, so that it can be answered.
+        One that is proved, but came too late, is returned with `stale` set, so that it can be answered. One that is
+        stamped in the future is not: it could come again when its time has come, and nobody may be told before that it
+        was refused.
 
         Raises:
             MalformedFrame: It is not a frame, or not one for this node from another.
             UnknownSender: Its sender is not trusted.
             BadSeal, BadSignature: Its sender did not make it so.
+            Stale: It is proved, but stamped in the future.
             Replayed: It was opened before.
             Overloaded: It is proved, but too many were opened lately to remember this one, too.
         """
-        size = size_of(frame)
+        size = len(frame)
         if not _HEADER.size <= size <= self._max_frame:
-            raise MalformedFrame(reason=f"a frame of {size} bytes" if size >= 0 else "a frame that is not bytes")
-        frame = as_bytes(frame)
+            raise MalformedFrame(reason=f"a frame of {size} bytes")
         version, proof, sender, recipient, frame_id, stamp = _HEADER.unpack_from(frame)
         if version != _VERSION:
             raise MalformedFrame(reason=f"a frame of version {version}, and only {_VERSION} is understood")
@@ -220,41 +162,48 @@ class Prover:
         if recipient != (self.identity.public_key if proof == _SEALED else _EVERY_NODE):
             raise MalformedFrame(reason="a frame for another node")
 
-        peer = self._senders.get(sender)
-        node_id = peer.node_id if peer else node_id_of(sender)
+        known = self._senders.get(sender)
+        node_id = known.node_id if known else node_id_of(sender)
         self._require_trusted(node_id)
-        if peer is None:
-            try:
-                peer = self._peer(node_id, sender, _CONTEXT.format(node_id, self.identity.node_id))
-            except ValueError:
-                raise MalformedFrame(reason="a frame whose sender is not a key") from None
-
         header, body = frame[: _HEADER.size], frame[_HEADER.size :]
         if proof == _SEALED:
+            peer = known or self._sender(node_id, sender)
             bundle = peer.encryptor.open_combined(body, aad=header)
         else:
             signature, bundle = body[:SIGNATURE_SIZE], body[SIGNATURE_SIZE:]
             if not verify(sender, signature, _SIGNED_TAG + header + bundle):
                 raise BadSignature
+            peer = known or self._sender(node_id, sender)  # after the signature, which is cheaper
 
-        _keep(self._senders, sender, peer)  # it is proved: from here on things may be remembered
-        time = round(now * _MICRO)
-        stale = None if self.seen.accepts(stamp, time) else Stale()
-        # Ids are public: only with its sender does one say which frame it is, or another could take it.
-        if stale is None and not self.seen.add(sender + frame_id, stamp, time):
-            raise Replayed
-        return Opened(node_id, bundle, proof == _SIGNED, stamp / _MICRO, stale)
+        self._senders[sender] = peer  # it is proved: from here on things may be remembered
+        self._senders.move_to_end(sender)
+        if len(self._senders) > _MAX_PEERS:
+            self._senders.popitem(last=False)
+        time, stale = round(now * MICRO), None
+        if self.seen.accepts(stamp, time):
+            # Ids are public: only with its sender does one say which frame it is, or another could take it.
+            if not self.seen.add(sender + frame_id, stamp, time):
+                raise Replayed
+        elif stamp > time and stamp >= self.seen.floor:
+            raise Stale
+        else:
+            self.seen.refuse(stamp)
+            stale = Stale()
+        return Opened(node_id, bundle, proof == _SIGNED, stamp / MICRO, stale)
 
-    def _bundle(self, bundle: BytesLike) -> bytes:
-        if size_of(bundle) > self.max_bundle:
-            raise ValueError(f"bundle must be at most {self.max_bundle} bytes, not {size_of(bundle)}")
-        return as_bytes(bundle, "bundle")
+    def _require_room(self, bundle: bytes | bytearray) -> None:
+        if len(bundle) > self.max_bundle:
+            raise ValueError(f"bundle must be at most {self.max_bundle} bytes, not {len(bundle)}")
 
     def _header(self, proof: int, recipient: bytes, now: float) -> bytes:
-        return _HEADER.pack(_VERSION, proof, self.identity.public_key, recipient, os.urandom(16), round(now * _MICRO))
+        return _HEADER.pack(_VERSION, proof, self.identity.public_key, recipient, os.urandom(16), round(now * MICRO))
 
-    def _peer(self, node_id: str, key: bytes, context: str) -> _Peer:
-        return _Peer(node_id, key, self.identity.shared_with(node_id, context))
+    def _sender(self, node_id: str, key: bytes) -> _Peer:
+        try:
+            context = _CONTEXT.format(node_id, self.identity.node_id)
+            return _Peer(node_id, key, self.identity.shared_with(node_id, context))
+        except ValueError:
+            raise MalformedFrame(reason="a frame whose sender is not a key") from None
 
     def _require_trusted(self, node_id: str) -> None:
         try:
@@ -266,6 +215,13 @@ class Prover:
         # What is no bool may count as true and say nothing, as a coroutine does.
         cause = None if trusted is False else TypeError(f"trust must return a bool, not {type(trusted).__name__}")
         raise UnknownSender from cause
+
+
+def claimed_sender(frame: object) -> str:
+    """Return the node that a frame says it is from, which nothing proves; "" if it says nothing of that."""
+    if not isinstance(frame, bytes) or len(frame) < _HEADER.size or frame[0] != _VERSION or frame[1] not in _LEAST_BODY:
+        return ""
+    return node_id_of(frame[2:34])
 
 
 def _predicate(trust: Trust) -> Callable[[str], bool]:
@@ -281,8 +237,8 @@ def _predicate(trust: Trust) -> Callable[[str], bool]:
     return node_ids.__contains__
 
 
-def _keep(peers: OrderedDict[K, _Peer], name: K, peer: _Peer) -> None:
-    peers[name] = peer
-    peers.move_to_end(name)
-    if len(peers) > _MAX_PEERS:
-        peers.popitem(last=False)
+def _recipient(identity: Identity, node_id: str) -> _Peer:
+    if node_id == identity.node_id:
+        raise ValueError("a node does not send frames to itself")
+    context = _CONTEXT.format(identity.node_id, node_id)
+    return _Peer(node_id, public_key_of(node_id), identity.shared_with(node_id, context))

@@ -7,11 +7,10 @@ from typing import Any
 
 from meshkit import _check
 from meshkit.runtime.behavior import Behavior, Local, Request
-from meshkit.runtime.handling import behaviors_of
 from meshkit.runtime.mailbox import Mailbox
-from meshkit.runtime.message import check_name
+from meshkit.runtime.message import Message, check_name
 from meshkit.runtime.routes import Route
-from meshkit.runtime.service import Service
+from meshkit.runtime.service import Service, behaviors_of
 
 __all__ = ["Graph", "Handler"]
 
@@ -67,6 +66,12 @@ class Graph:
             raise ValueError(f"{behavior!r} is emitted, but {route.handlers[0]!r} handles {route.behavior!r}")
         return route
 
+    def handler(self, name: str, message: Message[Any]) -> Handler | None:
+        """Return the handler of this name for messages of the kind and version of `message`, if there is one."""
+        kind, version = message.kind, message.version
+        found = (h for h in self.handlers if (h.name, h.behavior.kind, h.behavior.version) == (name, kind, version))
+        return next(found, None)
+
     def _add(self, service: Service) -> Iterator[str]:
         """Add the handlers of a service; yield what is wrong with them."""
         for name, method, behaviors in _marked_methods(type(service)):
@@ -96,20 +101,31 @@ class Graph:
 
     def _route(self, newest: Behavior[Any]) -> Iterator[str]:
         """Add the routes of all versions of a kind, the newest first; yield what is wrong with them."""
-        after: Route | None = None
+        after = Route(newest)  # which is one that is handled
         for behavior in reversed(newest.versions):
             handlers = [handler for handler in self.handlers if handler.behavior == behavior]
             if handlers:
-                after = Route(behavior, (), handlers)
+                after = Route(behavior, handlers)
             else:
-                step = next(later for later in newest.versions if later.older == behavior)
-                if after is None or step.upgrade is None:
-                    yield f"{behavior!r} has no handler, and no upgrade to version {step.version}"
+                where = f"service {after.handlers[0].service.name!r}: {after.handlers[0].method.__name__}()"
+                if after.behavior.upgrade is None:
+                    yield f"{where}: {behavior!r} has no handler, and no upgrade to version {after.behavior.version}"
                     return
                 if getattr(behavior, "reply", None) != getattr(after.handled, "reply", None):
-                    yield f"{behavior!r} is upgraded for a handler that gives another reply, of {after.handled!r}"
-                after = Route(behavior, (step, *after.upgrades), after.handlers)
+                    yield f"{where}: {behavior!r} is upgraded for this handler, whose reply is of {after.handled!r}"
+                after = Route(behavior, onward=after)
             self.routes[behavior.kind, behavior.version] = after
+        yield from self._versions_missed(newest)
+
+    def _versions_missed(self, newest: Behavior[Any]) -> Iterator[str]:
+        """Yield which service would miss messages, since only another one handles their version."""
+        handlers = [handler for handler in self.handlers if handler.behavior in newest.versions]
+        for handler in handlers:
+            own = {other.behavior.version for other in handlers if other.service is handler.service}
+            for other in handlers:
+                if other.behavior.version not in own:
+                    where = f"service {handler.service.name!r}: {handler.method.__name__}()"
+                    yield f"{where}: {newest.kind!r} of version {other.behavior.version} is handled by {other!r} only"
 
 
 def _faults_of_services(services: Sequence[object]) -> Iterator[str]:
@@ -125,7 +141,7 @@ def _faults_of_services(services: Sequence[object]) -> Iterator[str]:
             continue
         if name in names:
             yield f"service {name!r}: the name is taken"
-        if service.crew is not None and service.crew.runs:
+        if service.supervisor is not None and service.supervisor.runs:
             yield f"service {name!r}: this object runs already; each runtime needs one of its own"
         names.add(name)
         checks: dict[str, Callable[[str, Any], object]] = {

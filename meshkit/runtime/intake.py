@@ -5,28 +5,42 @@ no frame, whatever is in it, raises an error.
 """
 
 import functools
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from msgspec import Raw
+from msgspec.structs import replace
+
 from meshkit import _time
-from meshkit.errors import MalformedFrame, MeshkitError, NoHandler, NotAccepted, Overloaded, UnknownSender, Untrusted
-from meshkit.events import Observer, notify
+from meshkit.errors import (
+    MalformedFrame,
+    MeshkitError,
+    NoHandler,
+    NotAccepted,
+    Overloaded,
+    Stale,
+    UnknownSender,
+    Untrusted,
+)
 from meshkit.runtime.behavior import Broadcast, Request
 from meshkit.runtime.calls import Calls
 from meshkit.runtime.dispatcher import Dispatcher
-from meshkit.runtime.frame import Prover
+from meshkit.runtime.failures import DeadLetter
+from meshkit.runtime.frame import Opened, Prover, claimed_sender
 from meshkit.runtime.graph import Graph
-from meshkit.runtime.journal import Journal
-from meshkit.runtime.letters import DeadLetter
+from meshkit.runtime.journal import Journal, shown
 from meshkit.runtime.message import Message
 from meshkit.runtime.outbox import PLAIN
-from meshkit.runtime.presence import PeerGone, Presence
+from meshkit.runtime.presence import Heartbeat
 from meshkit.runtime.routes import Route
-from meshkit.runtime.stages import Continue, Drop, Fail
+from meshkit.runtime.stages import Continue, Drop, Stopped, settle
 from meshkit.runtime.wire import Ask, Beat, Cancel, Failure, Goodbye, Reply, Tell, Wire, decode, refusal
 
 __all__ = ["Intake", "reason_of"]
+
+_MAX_DETAIL = 200  # characters of what a trust predicate raised
 
 
 class Intake:
@@ -38,58 +52,75 @@ class Intake:
         graph: Graph,
         dispatcher: Dispatcher,
         calls: Calls,
-        presence: Presence,
+        heartbeat: Heartbeat,
         prover: Prover | None,
         journal: Journal,
         answer: Callable[[str, Reply | Failure], None],
-        observer: Observer | None,
     ) -> None:
         self.draining = False  # whether new work of other nodes is refused
-        self.on_greeting: Callable[[str], None] = lambda node: None
         self.routes = graph.routes
         self._node = node
         self._graph = graph
         self._dispatcher = dispatcher
         self._calls = calls
-        self._presence = presence
+        self._heartbeat = heartbeat
         self._prover = prover
         self._journal = journal
         self._answer = answer
-        self._observer = observer
+        self._now = _time.Clock().now
         for route in graph.routes.values():
             route.compile(node, dispatcher.repeated)
 
     def received(self, sender: str, frame: bytes) -> None:
         """Take a frame from the transport, which says who the `sender` is; of one that is proved, the proof says it."""
-        stale = to_all = False
         try:
-            if frame[:2] != PLAIN:
-                if self._prover is None:
-                    raise MalformedFrame(reason="it is proved, which a node without an identity cannot verify")
-                opened = self._prover.open(frame, _time.wall())
-                sender, to_all, stale, frame = opened.sender, opened.to_all, opened.stale is not None, opened.bundle
-                wires = decode(frame)
-            elif self._prover is not None:
-                raise UnknownSender
-            else:
-                wires = decode(frame[2:])
+            opened = self._open(sender, frame)
         except (Untrusted, Overloaded) as error:
-            return self._journal.drop("", "frame", reason_of(error), "", sender)
-        if stale:
-            self._journal.drop("", "frame", "stale", "", sender)
+            return self._refuse(sender, error, claimed_sender(frame))
+        sender = opened.sender
+        try:
+            wires = decode(opened.bundle)
+        except MalformedFrame as error:
+            return self._refuse(sender, error)
+        if opened.stale is not None:
+            return self._refuse_late(opened, wires)
         for wire in wires:
-            if stale:
-                if isinstance(wire, Ask) and not self._dispatcher.knows(sender, wire.id):
-                    reason = "it was stamped too long ago, or in the future, or before the node started"
-                    self._answer(sender, Failure(wire.id, "not_accepted", reason))
-            elif to_all and not isinstance(wire, Tell | Beat | Goodbye):
+            if opened.to_all and not isinstance(wire, Tell | Beat | Goodbye):
                 self._journal.drop("", "frame", "not_sealed", wire.id, sender)
             else:
                 self.take(sender, wire)
         return None
 
+    def _open(self, sender: str, frame: bytes) -> Opened:
+        if not isinstance(frame, bytes):
+            raise MalformedFrame(reason=f"a frame that is {type(frame).__name__} and not bytes")
+        if frame[:2] == PLAIN:
+            if self._prover is not None:
+                raise UnknownSender
+            return Opened(sender, frame[2:], to_all=False, time=0.0, stale=None)
+        if self._prover is None:
+            raise MalformedFrame(reason="a node without an identity cannot open it")
+        return self._prover.open(frame, _time.wall())
+
+    def _refuse(self, sender: str, error: MeshkitError, claimed: str = "") -> None:
+        """Count a frame that goes no further, and say why: its `sender` is who the transport, or the proof, says."""
+        says = f" (it says that it is from {claimed})" if claimed and claimed != sender else ""
+        cause = error.__cause__ if isinstance(error, UnknownSender) else None
+        why = "" if cause is None else f" ({shown(cause)})"[:_MAX_DETAIL]
+        self._journal.drop("", "frame", reason_of(error), "", sender, f"{error}{why}{says}")
+
+    def _refuse_late(self, opened: Opened, wires: Sequence[Wire]) -> None:
+        """Refuse what came too late, unless it is asked again what this node knows already."""
+        self._refuse(opened.sender, Stale())
+        for wire in wires:
+            if isinstance(wire, Ask) and not opened.to_all and not self._dispatcher.knows(opened.sender, wire.id):
+                reason = "it was sent too long ago, or before this node started"
+                self._answer(opened.sender, Failure(wire.id, "not_accepted", reason))
+
     def take(self, sender: str, wire: Wire) -> None:
         """Take what a node has sent, and is known to have sent."""
+        if self._heartbeat.silent:
+            self._heartbeat.silent.pop(sender, None)
         if isinstance(wire, Tell):
             self._on_tell(sender, wire)
         elif isinstance(wire, Ask):
@@ -100,7 +131,7 @@ class Intake:
             if not self._calls.answered(sender, wire):
                 self._journal.drop("", "kind", "wrong_sender", wire.id, sender)
         elif isinstance(wire, Beat):
-            self._on_beat(sender, wire)
+            self._heartbeat.heard(sender, wire)
         else:
             self.lost(sender, "it said goodbye")
 
@@ -116,22 +147,26 @@ class Intake:
             self.receive(route, message, len(tell.payload))
 
     def receive(self, route: Route, message: Message[Any], size: int) -> bool:
-        """Let a message that nobody waits for into the mailboxes; return whether it came into one."""
-        outcome, stage = route.pipeline.run(message)
-        if not isinstance(outcome, Continue):
-            self.stopped(route, message, size, outcome, stage)
-            return False
-        taken = False
-        for handler in route.handlers:
-            if self._dispatcher.offer(handler, outcome.message, size):
-                self._journal.note(message.id, handler.queued)
-                taken = True
-            else:
-                why = "draining" if handler.mailbox.closed else "overloaded"
-                self._journal.drop(message.kind, "mailbox", why, message.id, message.sender)
+        """Let a message that nobody waits for into the mailboxes; return False if none of them had room."""
+        passed = self.admit(route, message, size)
+        if passed is None:
+            return True
+        full = [handler for handler in route.handlers if not self._dispatcher.offer(handler, passed.message, size)]
+        taken = len(full) < len(route.handlers)
         if taken:
-            route.remember(outcome.message)
+            settle(passed.then)
+        for handler in full:
+            why = "draining" if handler.mailbox.closed else "overloaded"
+            self._journal.drop(message.kind, "mailbox", why, message.id, message.sender)
         return taken
+
+    def admit(self, route: Route, message: Message[Any], size: int) -> Continue | None:
+        """Let a message that nobody waits for pass the stages; return None, and see to it, if one has stopped it."""
+        passed = route.pipeline.run(message)
+        if isinstance(passed, Continue):
+            return passed
+        self._stopped(route, message, size, passed)
+        return None
 
     def _on_ask(self, sender: str, ask: Ask) -> None:
         route = self.routes.get((ask.kind, ask.version))
@@ -139,32 +174,30 @@ class Intake:
             stage, error = self._no_route(ask.kind, ask.version)
             self._journal.drop(self._known(ask.kind), stage, reason_of(error), ask.id, sender)
             self._answer(sender, refusal(ask.id, error))
-        elif self.draining and sender != self._node and (sender, ask.id) not in self._dispatcher.serving:
+        elif self.draining and sender != self._node and not self._dispatcher.knows(sender, ask.id):
             self._journal.drop(ask.kind, "mailbox", "draining", ask.id, sender)
             self._answer(sender, Failure(ask.id, "draining"))
         else:
-            deadline = _time.now() + ask.remaining / 1000
+            deadline = self._now() + ask.remaining / 1000
             message = Message(ask.id, ask.kind, sender, ask.payload, ask.time, ask.version, deadline)
-            outcome, stage = route.pipeline.run(message)
-            if not isinstance(outcome, Continue):
-                answer = self.stopped(route, message, len(ask.payload), outcome, stage)
+            passed = route.pipeline.run(message)
+            if isinstance(passed, Stopped):
+                answer = self._stopped(route, message, len(ask.payload), passed)
             else:
                 handler = route.handlers[0]
-                full = self._dispatcher.serve(handler, outcome.message, len(ask.payload))
+                full = self._dispatcher.serve(handler, passed.message, len(ask.payload))
                 if full is None:
-                    return self._journal.note(ask.id, handler.queued)
-                why = "draining" if handler.mailbox.closed else "overloaded"
-                self._journal.drop(ask.kind, "mailbox", why, ask.id, sender)
-                answer = Failure(ask.id, "draining") if handler.mailbox.closed else refusal(ask.id, full)
+                    return settle(passed.then)
+                self._journal.drop(ask.kind, "mailbox", reason_of(full), ask.id, sender)
+                answer = refusal(ask.id, full)
             if answer is not None:
                 self._answer(sender, answer)
         return None
 
-    def stopped(
-        self, route: Route, message: Message[Any], size: int, outcome: Drop | Fail, stage: str
-    ) -> Failure | None:
+    def _stopped(self, route: Route, message: Message[Any], size: int, stopped: Stopped) -> Failure | None:
         """Take note of a message that a stage stopped; return what its caller is to be told, if anything."""
         kind, call_id, sender = message.kind, message.id, message.sender
+        stage, outcome = stopped.stage, stopped.outcome
         if isinstance(outcome, Drop):
             self._journal.drop(kind, stage, outcome.reason, call_id, sender)
             if stage in {"dedupe", "deadline"}:
@@ -175,12 +208,19 @@ class Intake:
         if isinstance(error, MeshkitError):
             return refusal(call_id, error)
 
-        def again() -> bool:
-            return self.receive(route, message, size)
-
         names = ", ".join(handler.name for handler in route.handlers)
-        self._dispatcher.give_up(route.handlers[0], DeadLetter(message, names, stage, 1, error, again), error)
+        letter = DeadLetter(_kept(stopped.message), names, stage, 1, error, _kept(message), size)
+        self._dispatcher.failures.end(route.handlers[0], letter, error)
         return Failure(call_id, "failed", code="internal")
+
+    def replay(self, letter: DeadLetter) -> bool:
+        """Handle a dead letter again, from where it failed or else from the first stage; return False if none can."""
+        message = replace(letter.original, deadline=math.inf)  # its caller does not wait any more
+        if letter.stage in {"handler", "order_by"}:
+            handler = self._graph.handler(letter.handler, message)
+            return handler is not None and self._dispatcher.offer(handler, message, letter.size)
+        route = self.routes.get((message.kind, message.version))
+        return route is not None and self.receive(route, message, letter.size)
 
     def _known(self, kind: str) -> str:
         return kind if kind in self._graph.kinds else ""  # else whoever makes up kinds could fill the memory
@@ -194,30 +234,24 @@ class Intake:
         reason = f"it is of version {version}, and only {', '.join(versions)} is handled"
         return "version", NotAccepted(kind=kind, node=self._node, reason=reason)
 
-    def _on_beat(self, sender: str, beat: Beat) -> None:
-        news = self._presence.heard(sender, beat, _time.now())
-        if news is not None:
-            notify(self._observer, news)
-        if beat.greets:
-            self.on_greeting(sender)
-
     def found(self, node: str) -> None:
         """Tell a node that has just been connected that this one is up."""
-        self.on_greeting(node)
+        self._heartbeat.tell(node)
 
     def lost(self, node: str, reason: str = "the connection is gone") -> None:
         """Fail the calls that wait for a node that has gone, and give up the work that it waits for."""
-        if self._presence.forget(node):
-            notify(self._observer, PeerGone(node, reason))
+        self._heartbeat.forget(node, reason)
+        self.give_up(node)
+
+    def give_up(self, node: str) -> None:
+        """Wait no more for a node, and work no more for it."""
         self._calls.lost(node)
         self._dispatcher.lost(node)
 
-    def look_for_the_silent(self) -> None:
-        """Take note of the nodes that have been silent for too long."""
-        for node in self._presence.fallen_silent(_time.now()):
-            notify(self._observer, PeerGone(node, "it has fallen silent"))
-            self._calls.lost(node)
-            self._dispatcher.lost(node)
+
+def _kept(message: Message[Any]) -> Message[Any]:
+    """Return a message that may be kept: what is not decoded is part of the frame that it came in."""
+    return replace(message, payload=bytes(message.payload)) if isinstance(message.payload, Raw) else message
 
 
 @functools.cache

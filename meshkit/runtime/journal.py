@@ -6,16 +6,17 @@
 >>> print(journal.explain("5f"))
 message 5f
   sent to 'bob'
-  dropped at rate_limit: rate_limited
+  dropped at rate_limit: rate_limited (from node 'bob')
 """
 
+import asyncio
 from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from meshkit.events import Event, Observer, notify
 
-__all__ = ["Journal", "MessageDropped", "RuntimeStats"]
+__all__ = ["Journal", "MessageDropped", "MessageSent", "RuntimeStats", "shown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,18 @@ class MessageDropped(Event):
     reason: str
     message_id: str
     sender: str
+    """Of a frame that was refused: who the transport says has sent it. Nothing has proved that."""
+    detail: str = ""
+    """Of a frame: the error, and whom it claims to be from, if the transport says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageSent(Event):
+    """A message was emitted, or a node was asked: by this node, to the node `to`; None is every node, or here only."""
+
+    kind: str
+    message_id: str
+    to: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,35 +74,50 @@ class RuntimeStats:
 
 
 class Journal:
-    """Counts everything; remembers the last `DROPS` drops, and the last `NOTES` steps of any messages."""
+    """Counts everything; remembers the last `DROPS` drops, and the last `NOTES` steps of any messages.
+
+    Beyond `REASONS` different ones, drops for a new reason are counted under "other".
+    """
 
     DROPS = 1_000
     NOTES = 10_000
+    REASONS = 1_000
 
     def __init__(self, observer: Observer | None = None) -> None:
         self.sent = self.delivered = self.handled = self.failed = self.retried = self.cancelled = 0
         self.cut: Counter[str] = Counter()  # by kind
         self.dropped: Counter[tuple[str, str, str]] = Counter()
         self.drops: deque[MessageDropped] = deque(maxlen=self.DROPS)
-        self._notes: deque[tuple[str, str]] = deque(maxlen=self.NOTES)
+        self._notes: deque[tuple[str, str, str]] = deque(maxlen=self.NOTES)
         self._observer = observer
 
-    def note(self, message_id: str, step: str) -> None:
-        """Remember a step of a message."""
-        self._notes.append((message_id, step))
+    def note(self, message_id: str, step: str, sender: str = "") -> None:
+        """Remember a step of a message, and perhaps who had sent it."""
+        self._notes.append((message_id, step, sender))
 
-    def drop(self, kind: str, stage: str, reason: str, message_id: str = "", sender: str = "") -> None:
+    def send(self, kind: str, message_id: str, to: str | None) -> None:
+        """Count a message that has left, and tell the observer."""
+        self.sent += 1
+        if self._observer is not None:
+            notify(self._observer, MessageSent(kind, message_id, to))
+
+    def drop(
+        self, kind: str, stage: str, reason: str, message_id: str = "", sender: str = "", detail: str = ""
+    ) -> None:
         """Count and remember a message that goes no further."""
+        if (kind, stage, reason) not in self.dropped and len(self.dropped) >= self.REASONS:
+            reason = "other"  # custom stages make reasons up, perhaps of what a message says
         self.dropped[kind, stage, reason] += 1
-        dropped = MessageDropped(kind, stage, reason, message_id, sender)
+        dropped = MessageDropped(kind, stage, reason, message_id, sender, detail)
         self.drops.append(dropped)
         if message_id:
-            self.note(message_id, f"dropped at {stage}: {reason}")
+            self.note(message_id, f"dropped at {stage}: {reason}{f' ({detail})' if detail else ''}", sender)
         notify(self._observer, dropped)
 
     def explain(self, message_id: str) -> str:
         """Tell the story of a message, as far as it is remembered."""
-        steps = [step for of, step in self._notes if of == message_id]
+        notes = [(step, sender) for of, step, sender in self._notes if of == message_id]
+        steps = [f"{step} (from node {sender!r})" if sender else step for step, sender in notes]
         return "\n  ".join([f"message {message_id}", *(steps or ["nothing is remembered of it here"])])
 
     def stats(self, *, queued: int, running: int, pending: int) -> RuntimeStats:
@@ -107,3 +135,11 @@ class Journal:
             pending=pending,
             dropped=dict(self.dropped),
         )
+
+
+def shown(error: BaseException) -> str:
+    """Return `repr(error)`; only the name of its type, if that raises an error of its own."""
+    try:
+        return repr(error)
+    except (Exception, asyncio.CancelledError):  # noqa: BLE001 - whoever made the error has made its text
+        return type(error).__name__

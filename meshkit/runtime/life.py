@@ -1,4 +1,8 @@
-"""A life: one run of a node, from its start to its stop. `_live` reads from top to bottom."""
+"""A life: one run of a node, from its start to its stop. `_live` reads from top to bottom.
+
+It has a task of its own. A task group, or a cancel scope, must be left by the task that entered it; but a pytest
+fixture, an ASGI lifespan or a REPL may enter in one task and leave in another.
+"""
 
 import asyncio
 import functools
@@ -8,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from meshkit import _time
-from meshkit.runtime.crew import Crew, begin, take_back_cancellations
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
-from meshkit.runtime.home import Home
 from meshkit.runtime.router import Router
 from meshkit.runtime.service import Service, ServiceFailed
+from meshkit.runtime.supervisor import Supervisor, begin, take_back_cancellations
 from meshkit.runtime.transport import Alone, Transport
+from meshkit.runtime.wire import Beat
 
 if TYPE_CHECKING:
     from meshkit.runtime.runtime import Runtime
@@ -23,7 +27,7 @@ __all__ = ["Life"]
 
 
 class Life:
-    """One run of a node: `home` opens and closes it."""
+    """One run of a node, which others open and close."""
 
     CLOSE_TIMEOUT = 10.0
     """Seconds that the transport may take to close."""
@@ -37,7 +41,6 @@ class Life:
         on_failure: Callable[[], None],
         end_of_log: Callable[[], None],
     ) -> None:
-        self.node = runtime.node
         self.failure: ServiceFailed | None = None
         self.over = False  # whether nothing can be sent any more
         self._name = name = runtime.name
@@ -49,37 +52,109 @@ class Life:
         self._grace_until = 0.0  # there is none but for a stop that was asked for
         self._on_failure = on_failure
         self._end_of_log = end_of_log
-        self._crews = {
-            service.name: Crew(f"meshkit:{name}:{service.name}", functools.partial(self._on_task_failure, service))
-            for service in graph.services
+        self._supervisors = supervisors = {
+            of.name: Supervisor(f"meshkit:{name}:{of.name}", functools.partial(self._on_task_failure, of))
+            for of in graph.services
         }
         self._joined = False
-        self._heart: asyncio.Task[None] | None = None
         self._started: list[Service] = []
-        observer, letters = runtime.observer, runtime.letters
+        node, observer, letters = runtime.node, runtime.observer, runtime.letters
+        every = None if isinstance(transport, Alone) else runtime.heartbeat
+        beat = None if every is None else Beat(name, graph.requests, every)
         self.router = Router(
-            self.node, graph, self._crews, transport, prover, self._log, observer, letters, self._escalate
+            node, graph, supervisors, transport, prover, beat, self._log, observer, letters, self._escalate
         )
-        self.home = Home(f"meshkit:{name}:runtime:home", self._live)
+        self.loop = loop = asyncio.get_running_loop()
+        self._opened: asyncio.Future[bool] = loop.create_future()  # or whether it ended before that
+        self._closing: asyncio.Future[None] = loop.create_future()
+        self._task = begin(loop, self._live, f"meshkit:{name}:runtime:life")
+        self._task.add_done_callback(self._on_end)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has opened, now or before it ended."""
+        return self._opened.done() and self._opened.result()
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended, or its loop was closed under it."""
+        return self._task.done() or self.loop.is_closed()
+
+    @property
+    def need_not_close(self) -> bool:
+        """Whether it ended before it was open (who opened it was told so), or its loop was closed under it."""
+        return self.ended and not (self._task.done() and self.is_open)
 
     def owns(self, task: object) -> bool:
         """Return whether `task` is one of this node."""
-        return task is self.home.task or any(task in crew for crew in self._crews.values())
+        return task is self._task or any(task in supervisor for supervisor in self._supervisors.values())
 
-    async def _live(self, home: Home) -> None:
+    # --- from outside; each raises what `_live` raised
+
+    async def open(self) -> None:
+        """Wait until it is open; whoever is cancelled here takes it down with them."""
+        try:
+            await asyncio.wait([self._opened])
+        except asyncio.CancelledError:
+            await self._hurry()
+            raise
+        if not self._opened.result():
+            await self._task
+
+    def ask_to_close(self) -> None:
+        """Let it begin to close, without waiting."""
+        if not self._closing.done():
+            self._closing.set_result(None)
+
+    async def close(self) -> None:
+        """Close it and wait until it has ended; to be cancelled here means: hurry."""
+        self.ask_to_close()
+        try:
+            await self.wait()
+        except asyncio.CancelledError:
+            await self._hurry()
+            raise
+
+    async def wait(self) -> None:
+        """Wait until it has ended."""
+        await asyncio.wait([self._task])
+        if not self._task.cancelled():
+            self._task.result()
+
+    async def _hurry(self) -> None:
+        """Wait until it has ended, however often this is cancelled; each time cuts one step of its end short."""
+        with anyio.CancelScope(shield=True):
+            while True:
+                self._task.cancel()
+                try:
+                    await asyncio.wait([self._task])
+                    return
+                except asyncio.CancelledError:
+                    continue
+
+    def _on_end(self, task: "asyncio.Task[None]") -> None:
+        if not self._opened.done():
+            self._opened.set_result(False)
+        if not task.cancelled():
+            task.exception()  # it is raised by whoever opens, closes or waits
+
+    # --- from inside
+
+    async def _live(self) -> None:
         failed: BaseException | None = None
         try:
             self._init()
-            await self._transport.start(self.node, self.router.intake, self._prover)
+            await self._transport.start(self._runtime.node, self.router.intake, self._prover)
             self._joined = True
             for service in self._graph.services:
                 await self._start(service)
-            self._begin_to_beat()
-            home.opened()
-            await home.asked_to_close()
+            self.router.heartbeat.start()
+            self._opened.set_result(True)
+            await self._closing
             self.router.intake.draining = True
-            self._announce()
             self._grace_until = _time.now() + self._runtime.grace
+            with anyio.CancelScope(deadline=self._grace_until):
+                await self.router.heartbeat.drain()
             await self._drain(*self._graph.services)
         except GeneratorExit:  # the loop was closed under it: there is nothing to wait on any more
             raise
@@ -98,7 +173,7 @@ class Life:
         for service in self._graph.services:
             service.rt = self._runtime
             service.log = self._runtime.logger.service(service.name, emoji=service.emoji or None)
-            service.crew = self._crews[service.name]
+            service.supervisor = self._supervisors[service.name]
             try:
                 service.init()
             except Exception as error:
@@ -110,28 +185,7 @@ class Life:
         except Exception as error:
             raise self._failed(service, "start()") from error
         self._started.append(service)
-        self.router.dispatcher.open_mailboxes(service.name)
-
-    # --- presence
-
-    def _begin_to_beat(self) -> None:
-        every = self._runtime.heartbeat
-        if every is None or isinstance(self._transport, Alone):
-            return
-        self._heart = begin(self.home.loop, functools.partial(self._beat, every), f"meshkit:{self._name}:runtime:heart")
-        self.router.intake.on_greeting = self._announce
-        self._announce(greets=True)
-
-    async def _beat(self, every: float) -> None:
-        while True:
-            await asyncio.sleep(every)
-            self._announce()
-            self.router.intake.look_for_the_silent()
-
-    def _announce(self, to: str | None = None, *, greets: bool = False) -> None:
-        """Say that this node is up: to one, or to all."""
-        if self._heart is not None:
-            self.router.announce(self._name, self._runtime.heartbeat or 0.0, greets=greets, to=to)
+        self.router.dispatcher.mailboxes.open(service.name)
 
     # --- failures
 
@@ -151,31 +205,29 @@ class Life:
         if self.failure is None:
             self.failure = self._failed(service, what)
             self.failure.__cause__ = error
-        if self.home.is_open:
-            self.home.ask_to_close()
+        if self.is_open:
+            self.ask_to_close()
             self._on_failure()
         else:
-            self.home.cut_short()
+            self._task.cancel()
 
     # --- the end; each step is bounded, and a cancellation cuts one step short
 
     async def _drain(self, *services: Service) -> None:
         """Let handlers finish what their services have accepted, while there is grace."""
         with anyio.CancelScope(deadline=self._grace_until):
-            await self.router.dispatcher.quiet([service.name for service in services])
+            await self.router.dispatcher.mailboxes.quiet([service.name for service in services])
 
     async def _end(self) -> None:
         self.router.intake.draining = True
         for service in reversed(self._graph.services):
             await self._stop(service)
         self.router.dispatcher.close()
-        if self._heart is not None:
-            self._heart.cancel()
         if self._joined:
             self.router.say_goodbye()
-        if self._joined:
             await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "closing the transport")
         self.over = True
+        self.router.heartbeat.stop()
         self.router.close()
         if self.router.journal.cut:
             kinds = ", ".join(f"{kind} ({count})" for kind, count in sorted(self.router.journal.cut.items()))
@@ -186,13 +238,13 @@ class Life:
         """Let it finish what others asked of it as they stopped; cut the rest, and its tasks; then let it clean up."""
         await self._step(self._drain(service), "the grace", service)
         self.router.dispatcher.close_mailboxes(service.name)
-        await self._step(self._end_crew(service), "ending its tasks", service)
+        await self._step(self._end_tasks(service), "ending its tasks", service)
         if service in self._started:
             await self._step(_within(service.stop_timeout, service.stop), "stop()", service)
-        service.crew = None
+        service.supervisor = None
 
-    async def _end_crew(self, service: Service) -> None:
-        left = await self._crews[service.name].end(service.stop_timeout)
+    async def _end_tasks(self, service: Service) -> None:
+        left = await self._supervisors[service.name].end(service.stop_timeout)
         if left:
             service.log.error("tasks that ignored their cancellation are left behind: %s", ", ".join(left))
 

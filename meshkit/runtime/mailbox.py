@@ -1,43 +1,41 @@
 """Mailboxes: what waits for a service's handlers, and the workers that run them.
 
-A mailbox holds a bounded number of items, and of bytes, in order of arrival. Workers begin them in that order, up to
+A mailbox holds a bounded number of items, and of bytes. Of those whose turn it can be, workers begin the oldest, up to
 `max_concurrent` at a time. There are no more workers than needed: one that takes an item wakes another one if more
 items wait, which therefore runs only when the first one waits for something. An idle mailbox keeps one worker.
 
-Rules:
-- Items with the same key (that is not None) are run one after the other, in order of arrival. One whose key is busy
-  stands in line, out of the way of the others; the worker that is done with its predecessor goes on with it.
+Rules, besides those of `Backlog`, which say whose turn it is:
+- What rests occupies no worker.
 - An item is taken and begun in one step: a worker that is cancelled loses nothing that waits.
 - Whoever waits for room gets a place in order of arrival, and nobody overtakes; a cancelled waiter gives its place to
   the next.
 """
 
 import asyncio
-from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Hashable
-from typing import Any, Generic, Protocol, TypeVar
+import contextvars
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
 
 import anyio
 
 from meshkit.errors import Closed, Overloaded
+from meshkit.runtime.backlog import Backlog, Item
 
-__all__ = ["Item", "Mailbox"]
-
-
-class Item(Protocol):
-    """What a mailbox holds: so many bytes, and a key if order matters."""
-
-    size: int
-    key: Hashable
+__all__ = ["Mailbox"]
 
 
 T = TypeVar("T", bound=Item)
+
+_inside: contextvars.ContextVar[object] = contextvars.ContextVar("meshkit_mailbox", default=None)
+"""The mailbox of which a handler runs here, or a task that it began."""
 
 
 class Mailbox(Generic[T]):
     """A bounded queue of items, and workers that `run(item, scope)` them. Nothing is begun before `open`.
 
-    The scope is the worker's own, kept from item to item; to set its deadline, or to cancel it, ends the present item.
+    What `run` returns is None, or the seconds that the item is to rest before it is run again. The scope is the
+    worker's own, kept from item to item; to set its deadline, or to cancel it, ends the present item.
     An item that is larger than `max_bytes` has room where nothing else waits.
     """
 
@@ -47,7 +45,7 @@ class Mailbox(Generic[T]):
     def __init__(
         self,
         name: str,
-        run: Callable[[T, anyio.CancelScope], Coroutine[Any, Any, None]],
+        run: Callable[[T, anyio.CancelScope], Coroutine[Any, Any, float | None]],
         spawn: Callable[[Callable[[], Coroutine[Any, Any, None]], str], "asyncio.Task[None]"],
         *,
         max_mailbox: int,
@@ -55,18 +53,13 @@ class Mailbox(Generic[T]):
         max_concurrent: int,
     ) -> None:
         self.name = name
-        self.max_mailbox = max_mailbox
-        self._max_bytes = max_bytes
-        self._bytes = 0
+        self._backlog: Backlog[T] = Backlog(max_mailbox, max_bytes)
+        self._ready = self._backlog.ready
+        self._timers: dict[T, asyncio.TimerHandle] = {}  # of those that rest
         self.running = 0
         self._run = run
         self._spawn = spawn
         self._max_concurrent = max_concurrent
-        self._items: deque[T] = deque()
-        self._lines: dict[Hashable, deque[T]] = {}  # by key that is busy: what waits for its turn
-        self._next: deque[T] = deque()  # whose turn it is
-        self._in_line = 0  # items in both
-        self._reserved = 0
         self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()
         self._workers: set[asyncio.Task[None]] = set()
         self._started = 0  # workers so far, for their names
@@ -77,97 +70,90 @@ class Mailbox(Generic[T]):
         self.closed = False
 
     def __len__(self) -> int:
-        return len(self._items) + self._in_line
+        return len(self._backlog)
 
     # --- into it
 
     def has_room(self, size: int = 0) -> bool:
         """Return whether an item of `size` bytes can be put now; whoever waits for a place goes first."""
-        return not self._waiters and not self.closed and self._fits(size)
+        return not self._waiters and not self.closed and self._backlog.fits(size)
 
-    def _fits(self, size: int) -> bool:
-        waiting = len(self._items) + self._in_line + self._reserved
-        return waiting < self.max_mailbox and (self._bytes + size <= self._max_bytes or not self._bytes)
+    def overloaded(self) -> Overloaded:
+        """Return the error that says of what it holds too much."""
+        backlog = self._backlog
+        if len(backlog) + backlog.reserved < backlog.max_items and not self._waiters:
+            return Overloaded(name=f"{self.name}, in bytes", limit=backlog.max_bytes)
+        return Overloaded(name=self.name, limit=backlog.max_items)
 
     def put(self, item: T, *, reserved: bool = False) -> None:
         """Put `item`, for which there is room, or a place that was reserved."""
         if reserved:
-            self._reserved -= 1
-        self._bytes += item.size
-        self._items.append(item)
-        if self._opened and not self._waking:
+            self._backlog.reserved -= 1
+        self._backlog.add(item)
+        if self._ready and self._opened and not self._waking:
             self._wake()
 
     async def reserve(self) -> None:
         """Take a place, waiting for one if need be.
 
         Raises:
-            Overloaded: It is full, and the one who would wait is one of its own workers: it would wait for itself.
+            Overloaded: It is full, and the one who would wait is one of its own handlers: it would wait for itself.
             Closed: It is closed, or was while waiting.
         """
-        self.require_open()
+        self._require_open()
         if self.has_room():
-            self._reserved += 1
+            self._backlog.reserved += 1
             return
-        if asyncio.current_task() in self._workers:
-            raise Overloaded(name=self.name, limit=self.max_mailbox)
+        if _inside.get() is self:
+            raise self.overloaded()
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters[place] = None
         try:
             await place
-        except asyncio.CancelledError:
+            self._require_open()
+        except BaseException:
             if place.cancelled():
                 self._waiters.pop(place, None)
             elif place.exception() is None:
                 self.release()  # it was given, and is not used
             raise
 
-    def require_open(self) -> None:
-        """Raise `Closed` if it is closed."""
+    def _require_open(self) -> None:
         if self.closed:
             raise Closed(name=self.name)
 
-    def keep_place(self) -> None:
-        """Reserve a place for an item that a worker has taken, and that comes back: to it the limit does not apply."""
-        self._reserved += 1
-
     def release(self) -> None:
         """Give back a place that was reserved."""
-        self._reserved -= 1
+        self._backlog.reserved -= 1
         self._admit()
         self._notice_quiet()
 
     def discard(self, item: T) -> bool:
-        """Take `item` out, unless it has been begun; return whether it was in. Cost: O(what waits)."""
-        if item in self._items:
-            self._items.remove(item)
-        elif item in self._next:
-            self._next.remove(item)
-            self._in_line -= 1
-            self._end_turn(item.key)
-        elif item in self._lines.get(item.key, ()):
-            self._lines[item.key].remove(item)
-            self._in_line -= 1
-        else:
+        """Take `item` out, unless it runs or has ended; return whether it was in. Cost: O(what waits)."""
+        if not self._backlog.remove(item):
             return False
-        self._bytes -= item.size
+        timer = self._timers.pop(item, None)
+        if timer is not None:
+            timer.cancel()
+        if self._ready and self._opened:
+            self._wake()
         self._admit()
         self._notice_quiet()
         return True
 
     def discard_oldest(self, size: int) -> list[T]:
-        """Take out the oldest items until one of `size` bytes has room, and return them."""
-        oldest: list[T] = []
-        while not self._fits(size) and self._items:
-            oldest.append(self._items.popleft())
-            self._bytes -= oldest[-1].size
-        return oldest
+        """Take out the oldest items until one of `size` bytes fits, and return them. Cost of each: O(what waits)."""
+        discarded: list[T] = []
+        while not self._backlog.fits(size) and len(self._backlog):
+            discarded.append(self._backlog.oldest())
+            self.discard(discarded[-1])
+        return discarded
 
     def _admit(self) -> None:
-        while self._waiters and self._fits(0):
+        while self._waiters and self._backlog.fits(0):
             place, _ = self._waiters.popitem(last=False)
             if not place.done():
-                self._reserved += 1
+                self._backlog.reserved += 1
                 place.set_result(None)
 
     # --- workers
@@ -175,7 +161,7 @@ class Mailbox(Generic[T]):
     def open(self) -> None:
         """Let the workers begin."""
         self._opened = True
-        if self._items:
+        if self._ready:
             self._wake()
 
     def _wake(self) -> None:
@@ -185,49 +171,48 @@ class Mailbox(Generic[T]):
             self._idle.set_result(None)
         elif len(self._workers) < self._max_concurrent:
             self._started += 1
-            self._workers.add(self._spawn(self._work, f"worker-{self._started}"))
+            task = self._spawn(self._work, f"worker-{self._started}")
+            self._workers.add(task)
+            task.add_done_callback(self._on_worker_ended)
         else:
             return
         self._waking = True
 
+    def _on_worker_ended(self, task: "asyncio.Task[None]") -> None:
+        self._workers.discard(task)
+        self._waking = False
+        if self._ready and not self.closed:  # a handler cancelled its own worker: the others go on
+            self._wake()
+
     async def _work(self) -> None:
-        try:
-            while True:
-                with anyio.CancelScope() as scope:
-                    await self._take(scope)
-                if not scope.cancel_called:
-                    return
-        finally:
-            self._workers = {task for task in self._workers if task is not asyncio.current_task()}
-            self._waking = False
-            if (self._items or self._next) and not self.closed:  # a handler cancelled its own worker: the others go on
-                self._wake()
+        _inside.set(self)
+        while True:
+            with anyio.CancelScope() as scope:
+                await self._take(scope)
+            if not scope.cancel_called:
+                return
 
     async def _take(self, scope: anyio.CancelScope) -> None:
         """Take items until another worker is idle, since one is enough; or until `scope` was cancelled with an item."""
         taken = 0
         while True:
             self._waking = False  # this one runs
-            while (self._items or self._next) and not scope.cancel_called:
-                if self._next:
-                    item = self._next.popleft()
-                    self._in_line -= 1
-                else:
-                    item = self._items.popleft()
-                    if item.key is not None and not self._gets_turn(item):
-                        continue
-                self._bytes -= item.size
+            while self._ready and not scope.cancel_called:
+                item = self._backlog.take()
                 if self._waiters:
                     self._admit()
-                if self._items and not self._waking:
+                if self._ready and not self._waking:
                     self._wake()
                 self.running += 1
+                delay = None
                 try:
-                    await self._run(item, scope)
+                    delay = await self._run(item, scope)
                 finally:
                     self.running -= 1
-                    if item.key is not None:
-                        self._end_turn(item.key)
+                    if delay is not None:
+                        self._rest(item, delay)
+                    else:
+                        self._backlog.done(item)
                     if self._quiet is not None:
                         self._notice_quiet()
                 taken += 1
@@ -241,30 +226,22 @@ class Mailbox(Generic[T]):
             finally:
                 self._idle = None
 
-    def _gets_turn(self, item: T) -> bool:
-        """Return whether no other item with its key runs; else let it stand in line."""
-        line = self._lines.get(item.key)
-        if line is None:
-            self._lines[item.key] = deque()
-            return True
-        line.append(item)
-        self._in_line += 1
-        return False
+    def _rest(self, item: T, delay: float) -> None:
+        """Run `item` again after `delay` seconds."""
+        self._backlog.rest(item)
+        self._timers[item] = asyncio.get_running_loop().call_later(delay, self._end_rest, item)
 
-    def _end_turn(self, key: Hashable) -> None:
-        """Let the next one with this key go, before all that have not had a turn yet."""
-        line = self._lines[key]
-        if line:
-            self._next.append(line.popleft())
-        else:
-            del self._lines[key]
+    def _end_rest(self, item: T) -> None:
+        del self._timers[item]
+        self._backlog.end_rest(item)
+        self._wake()
 
     # --- the end
 
     @property
     def busy(self) -> bool:
-        """Whether an item waits, runs, or has a place kept."""
-        return bool(self._items or self._in_line or self.running or self._reserved)
+        """Whether an item waits, runs or rests, or has a place reserved."""
+        return bool(len(self) or self.running or self._backlog.reserved)
 
     async def quiet(self) -> None:
         """Wait until none does."""
@@ -278,17 +255,15 @@ class Mailbox(Generic[T]):
             self._quiet = None
 
     def close(self) -> list[T]:
-        """Take no more items, fail whoever waits for a place, and return the items that no worker has begun."""
+        """Take no more items, fail whoever waits for a place, and return the items that do not run, by age."""
         self.closed = True
         for place in self._waiters:
             if not place.done():
                 place.set_exception(Closed(name=self.name))
         self._waiters.clear()
-        left = [*self._next, *(item for line in self._lines.values() for item in line), *self._items]
-        self._items.clear()
-        self._next.clear()
-        for line in self._lines.values():
-            line.clear()
-        self._in_line = 0
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        left = self._backlog.clear()
         self._notice_quiet()
         return left

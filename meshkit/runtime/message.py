@@ -10,9 +10,14 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-__all__ = ["Ids", "Message", "check_name"]
+__all__ = ["MAX_ID", "MAX_NAME", "Ids", "Message", "check_id", "check_name", "is_name"]
 
 T_co = TypeVar("T_co", covariant=True)
+
+MAX_ID = 128
+"""Characters of an id."""
+MAX_NAME = 255
+"""Characters of a name: of a node, a service, a kind."""
 
 
 class Message(msgspec.Struct, Generic[T_co], frozen=True):
@@ -34,11 +39,25 @@ class Message(msgspec.Struct, Generic[T_co], frozen=True):
     """When its caller gives up and the handler is cancelled, on this loop's clock; infinite where nobody waits."""
 
 
+def is_name(name: object) -> bool:
+    """Return whether `name` is printable text without spaces: shown to people, it passes for nothing else."""
+    return isinstance(name, str) and name != "" and name.isprintable() and " " not in name
+
+
 def check_name(what: str, name: object) -> str:
-    """Return `name`, which must be printable text without spaces: task names, errors and log lines show it."""
-    if not isinstance(name, str) or not name or not name.isprintable() or " " in name:
+    """Return `name`, which must be a short name: task names, errors and log lines show it."""
+    if not isinstance(name, str) or not is_name(name):
         raise ValueError(f"{what} must be text without spaces, not {name!r}")
+    if len(name) > MAX_NAME:
+        raise ValueError(f"{what} must have at most {MAX_NAME} characters, not {len(name)}")
     return name
+
+
+def check_id(message_id: object) -> str:
+    """Return the id of a request, which must be short text: ids are remembered."""
+    if not isinstance(message_id, str) or not 0 < len(message_id) <= MAX_ID:
+        raise ValueError(f"id must be text of 1 to {MAX_ID} characters, not {message_id!r:.80}")
+    return message_id
 
 
 class Ids:

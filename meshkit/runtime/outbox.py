@@ -5,21 +5,45 @@ A frame is proved once, for all that is in it:
     plain    between runtimes of one process, which have no identity
     sealed   to one node: confidential, and proved to come from this one
     signed   to every node: proved to come from this one
+
+What is posted for one destination arrives in that order. "Every node" is a destination of its own: within one turn, a
+broadcast may overtake what was posted to one node, or be overtaken.
 """
 
 import asyncio
+import struct
 from collections.abc import Callable, Sequence
 
 from meshkit import _time
 from meshkit.errors import Unreachable
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.transport import Transport
-from meshkit.runtime.wire import MAX_BUNDLE, Wire, encode
+from meshkit.runtime.wire import MAX_BUNDLE, Wire, encode_into
 
 __all__ = ["PLAIN", "Outbox"]
 
 PLAIN = b"\x01\x00"
 """The header of a frame that proves nothing: version 1, proof 0."""
+_ARRAY = struct.Struct(">BH")  # how an array of up to 65,535 items begins in MessagePack: 0xdc, and how many
+_ARRAY_TAG = 0xDC
+
+
+class _Bundle:
+    """Messages for one destination, encoded one behind the other: so its size is known, and no one spoils the rest."""
+
+    __slots__ = ("data", "wires")
+
+    def __init__(self) -> None:
+        self.wires: list[Wire] = []
+        self.data = bytearray(_ARRAY.size)
+
+    def add(self, wire: Wire, encoded: bytes | bytearray) -> None:
+        self.wires.append(wire)
+        self.data += encoded
+
+    def complete(self) -> bytearray:
+        _ARRAY.pack_into(self.data, 0, _ARRAY_TAG, len(self.wires))
+        return self.data
 
 
 class Outbox:
@@ -29,7 +53,7 @@ class Outbox:
     """
 
     MAX_BYTES = 256 * 1024
-    """Bytes of payload in a bundle; a single message may be larger."""
+    """Bytes in a bundle; a message that is larger has one for itself."""
 
     def __init__(
         self,
@@ -40,48 +64,77 @@ class Outbox:
         self._transport = transport
         self._prover = prover
         self._on_unsent = on_unsent
-        self._bundles: dict[str | None, list[Wire]] = {}
-        self._bytes: dict[str | None, int] = {}
+        self._max_bytes = self.MAX_BYTES if prover is None else min(self.MAX_BYTES, prover.max_bundle)
+        self._bundles: dict[str | None, _Bundle] = {}
+        self._due = False  # whether the loop is going to call `flush`
         self._loop = asyncio.get_running_loop()
 
-    def post(self, to: str | None, wire: Wire, size: int = 0) -> None:
-        """Let `wire`, with a payload of `size` bytes, leave for the node `to` (None: for every other node)."""
-        bundle = self._bundles.get(to)
-        if bundle is None:
-            if not self._bundles:
-                self._loop.call_soon(self.flush)
-            bundle = self._bundles[to] = []
-            self._bytes[to] = 0
-        elif len(bundle) == MAX_BUNDLE or self._bytes[to] + size > self.MAX_BYTES:
-            self._send(to, bundle)
-            bundle = self._bundles[to] = []
-            self._bytes[to] = 0
-        bundle.append(wire)
-        self._bytes[to] += size
+    def post(self, to: str | None, wire: Wire) -> None:
+        """Let `wire` leave for the node `to` (None: for every other node).
+
+        Raises:
+            ValueError: Some text in it is not Unicode. Nothing else in the bundle suffers.
+        """
+        bundle = self._bundles.get(to) or self._open(to)
+        data = bundle.data
+        before = len(data)
+        try:
+            encode_into(wire, data, -1)
+        except Exception:
+            del data[before:]
+            raise
+        if len(data) > self._max_bytes and bundle.wires:
+            encoded = data[before:]
+            del data[before:]
+            self._send(to)
+            bundle = self._bundles.get(to) or self._open(to)
+            bundle.add(wire, encoded)
+        else:
+            bundle.wires.append(wire)
+        if len(bundle.wires) == MAX_BUNDLE:
+            self._send(to)
+
+    def _open(self, to: str | None) -> _Bundle:
+        bundle = self._bundles[to] = _Bundle()
+        self._schedule()
+        return bundle
+
+    def _schedule(self) -> None:
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
-        """Send everything now."""
-        bundles, self._bundles = self._bundles, {}
-        for to, bundle in bundles.items():
-            self._send(to, bundle)
-
-    def _send(self, to: str | None, bundle: list[Wire]) -> None:
+        """Send everything now. What is posted meanwhile, by whoever receives it, leaves in the next turn."""
+        self._due = False
         try:
-            frame = self._frame(to, encode(bundle))
+            for to in list(self._bundles):
+                if to in self._bundles:
+                    self._send(to)
+        finally:
+            if self._bundles:
+                self._schedule()
+
+    def _send(self, to: str | None) -> None:
+        bundle = self._bundles.pop(to)  # before it is sent: a transport may call back
+        if not bundle.wires:
+            return
+        try:
+            frame = self._frame(to, bundle.complete())
             if to is None:
                 self._transport.broadcast(frame)
             else:
                 self._transport.send(to, frame)
         except Exception as error:  # noqa: BLE001 - what a transport raises is for those whose messages it had
-            self._on_unsent(to, bundle, error)
+            self._on_unsent(to, bundle.wires, error)
+        except asyncio.CancelledError as error:  # of something else: nothing here waits, so nothing can be cancelled
+            self._on_unsent(to, bundle.wires, RuntimeError(f"the transport raised {error!r}"))
 
-    def _frame(self, to: str | None, bundle: bytes) -> bytes:
+    def _frame(self, to: str | None, bundle: bytearray) -> bytes:
         if self._prover is None:
             return PLAIN + bundle
         now = _time.wall()
-        if to is None:
-            return self._prover.sign(bundle, now)
         try:
-            return self._prover.seal(to, bundle, now)
+            return self._prover.sign(bundle, now) if to is None else self._prover.seal(to, bundle, now)
         except ValueError as error:
-            raise Unreachable(node=to, reason=str(error)) from None
+            raise Unreachable(node=to or "every node", reason=str(error)) from None

@@ -1,16 +1,22 @@
 """Presence: which other nodes are up, and what they handle.
 
-Each node announces itself when it joins, and every few seconds; one that has been silent for `PATIENCE` of its own
-intervals (three of its signs of life are missing, then), or says goodbye, is gone.
+Each node that has a heartbeat says so when it starts, every few seconds, when it begins to drain and when it leaves.
+One that has been silent for `PATIENCE` of its own intervals (three of its signs of life are missing, then) is gone.
 """
 
-from collections.abc import Iterable
+import asyncio
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from meshkit.events import Event
+import msgspec
+
+from meshkit import _time
+from meshkit.events import Event, Observer, notify
+from meshkit.runtime.message import is_name
 from meshkit.runtime.wire import Beat
 
-__all__ = ["Peer", "PeerGone", "PeerUp", "Presence"]
+__all__ = ["Heartbeat", "Peer", "PeerGone", "PeerUp", "Presence"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +26,7 @@ class Peer:
     node: str
     """Its id."""
     name: str
-    """What it calls itself."""
+    """What it calls itself: a label, that others may bear, too."""
     kinds: tuple[str, ...] = ()
     """The kinds of requests that it handles."""
     draining: bool = False
@@ -43,28 +49,28 @@ class PeerGone(Event):
 
 
 class Presence:
-    """The core: who was heard of, when, and until when that will do."""
+    """The core: who was heard of, and until when that will do."""
 
     PATIENCE = 3.5
+    LONGEST = 1e6
+    """Seconds between two signs of life, at most: a node that claims another number is taken to have said this one."""
     MAX_PEERS = 10_000
     """More are not heard: they can still be called, by their ids."""
 
     def __init__(self) -> None:
         self.peers: dict[str, Peer] = {}
+        self.silent: dict[str, bool] = {}  # nodes that were up, and of which nothing has been heard for too long
         self._until: dict[str, float] = {}  # by node that is up
-        self.silent: dict[str, bool] = {}  # nodes that were up, and then were silent for too long
 
-    def heard(self, node: str, beat: Beat, now: float) -> PeerUp | None:
-        """Take note of a sign of life; return what is new."""
+    def heard(self, node: str, beat: Beat, now: float) -> float:
+        """Take note of a sign of life; return until when it will do (infinity: there is no room for more nodes)."""
         if node not in self.peers and len(self.peers) >= self.MAX_PEERS:
-            return None
-        peer = Peer(node, beat.name, beat.kinds, beat.draining)
-        self._until[node] = now + self.PATIENCE * max(0.0, beat.every)
+            return math.inf
+        every = beat.every if 0 < beat.every < self.LONGEST else self.LONGEST
         self.silent.pop(node, None)
-        if self.peers.get(node) == peer:
-            return None
-        self.peers[node] = peer
-        return PeerUp(peer)
+        self.peers[node] = Peer(node, beat.name if is_name(beat.name) else node, beat.kinds, beat.draining)
+        self._until[node] = now + self.PATIENCE * every
+        return self._until[node]
 
     def forget(self, node: str) -> bool:
         """Take note that a node has gone; return whether it was up."""
@@ -82,6 +88,133 @@ class Presence:
             self.silent[node] = True
         return silent
 
-    def that_handle(self, kind: str) -> Iterable[str]:
-        """Return the nodes that are up and take requests of this kind."""
-        return (node for node, peer in self.peers.items() if kind in peer.kinds and not peer.draining)
+    def wake_at(self) -> float:
+        """Return when the next node will have been silent for too long, if it stays so. Cost: O(nodes)."""
+        return min(self._until.values(), default=math.inf)
+
+    def that_handle(self, kind: str) -> list[Peer]:
+        """Return the nodes that are up and handle requests of this kind, the draining ones, too."""
+        return [peer for peer in self.peers.values() if kind in peer.kinds]
+
+
+class Heartbeat:
+    """What one node lets others hear (`beat`; None: nothing), and what it hears of them. It has timers, and no task.
+
+    `post(to, wire)` sends, to every node if `to` is None. `gone(node)` is called once a node has gone of itself: it has
+    fallen silent, or started again.
+    """
+
+    DRAIN_TIMEOUT = 1.0
+    """Seconds that others have to say that they know that this node is draining."""
+
+    def __init__(
+        self,
+        presence: Presence,
+        beat: Beat | None,
+        post: Callable[[str | None, Beat], None],
+        gone: Callable[[str], None],
+        observer: Observer | None,
+    ) -> None:
+        self.silent = presence.silent
+        self._presence = presence
+        self._beat = beat
+        self._post = post
+        self._gone = gone
+        self._observer = observer
+        self._loop = asyncio.get_running_loop()
+        self._next_beat: asyncio.TimerHandle | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._unaware: set[str] = set()  # nodes that do not know yet that this one is draining
+        self._aware: asyncio.Future[None] = self._loop.create_future()  # when all do
+        self._stopped = False
+
+    # --- what others hear
+
+    def start(self) -> None:
+        """Greet the others: this node is ready. From now on they hear of it regularly."""
+        self._say_on_time(greets=True)
+
+    def _say_on_time(self, *, greets: bool = False) -> None:
+        if self._beat is not None:
+            self._say(None, greets=greets)
+            self._next_beat = self._loop.call_later(self._beat.every, self._say_on_time)
+
+    def tell(self, node: str) -> None:
+        """Let one node hear that this one is up, if it is ready."""
+        if self._next_beat is not None:
+            self._say(node)
+
+    def _say(self, to: str | None, *, greets: bool = False, answers: bool = False) -> None:
+        if self._beat is not None:
+            self._post(to, msgspec.structs.replace(self._beat, greets=greets, answers=answers))
+
+    async def drain(self) -> None:
+        """Tell the others that this node takes no new work, and wait until they have heard it.
+
+        What they ask arrives in the order in which they sent it. So when each has said that it knows, whatever they
+        asked before has arrived, and was answered; nothing is under way to a node that is not there any more.
+        """
+        if self._next_beat is None or self._beat is None:
+            return
+        self._beat = msgspec.structs.replace(self._beat, draining=True)
+        self._unaware = set(self._presence.peers)
+        self._say(None, greets=True)
+        if self._unaware:
+            await asyncio.wait([self._aware], timeout=self.DRAIN_TIMEOUT)
+
+    def stop(self) -> None:
+        """Fall silent, and listen no more."""
+        self._stopped = True
+        for timer in (self._next_beat, self._watch):
+            if timer is not None:
+                timer.cancel()
+        self._presence.peers.clear()
+        self._presence.silent.clear()
+
+    # --- what it hears
+
+    def heard(self, node: str, beat: Beat) -> None:
+        """Take note of a sign of life."""
+        if self._stopped:
+            return
+        presence, now = self._presence, _time.now()
+        if beat.greets and not beat.draining and node in presence.peers:
+            self.forget(node, "it has started again")  # and nobody had noticed that it was gone
+            self._gone(node)
+        before = presence.peers.get(node)
+        until = presence.heard(node, beat, now)
+        if until < (math.inf if self._watch is None else self._watch.when()):
+            self._watch_until(until)
+        if beat.greets and self._next_beat is not None:
+            self._say(node, answers=True)
+        if beat.answers:
+            self._knows(node)
+        peer = presence.peers.get(node)
+        if peer is not None and peer != before:
+            notify(self._observer, PeerUp(peer))
+
+    def forget(self, node: str, reason: str) -> None:
+        """Take note that a node has gone."""
+        was_up = self._presence.forget(node)
+        self._knows(node)
+        if was_up:
+            notify(self._observer, PeerGone(node, reason))
+
+    def _knows(self, node: str) -> None:
+        if node in self._unaware:
+            self._unaware.remove(node)
+            if not self._unaware and not self._aware.done():
+                self._aware.set_result(None)
+
+    def _watch_until(self, when: float) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+        self._watch = None if when == math.inf else self._loop.call_at(when, self._look)
+
+    def _look(self) -> None:
+        """Take note of the nodes that have been silent for too long."""
+        for node in self._presence.fallen_silent(_time.now()):
+            self._knows(node)
+            self._gone(node)
+            notify(self._observer, PeerGone(node, "it has fallen silent"))
+        self._watch_until(self._presence.wake_at())

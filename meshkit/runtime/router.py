@@ -6,31 +6,30 @@ the answer. What comes from other nodes arrives at the intake.
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
-
-import msgspec
+from typing import TypeVar
 
 from meshkit import _check, _time
-from meshkit.errors import Draining, MeshkitError, NoHandler, NotAccepted, Overloaded, Unreachable
+from meshkit.errors import Draining, MeshkitError, NoHandler, NotAccepted, Refused, Unreachable
 from meshkit.events import Observer
 from meshkit.logger import ServiceLog
 from meshkit.runtime.behavior import Behavior, Broadcast, Local, Request
 from meshkit.runtime.calls import Calls, Replies, first_that_takes_it, gather
-from meshkit.runtime.crew import Crew
 from meshkit.runtime.dispatcher import Dispatcher
+from meshkit.runtime.failures import DeadLetters
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.intake import Intake, reason_of
 from meshkit.runtime.journal import Journal, RuntimeStats
-from meshkit.runtime.letters import DeadLetters
-from meshkit.runtime.message import Ids, Message
+from meshkit.runtime.message import Ids, Message, check_id
 from meshkit.runtime.outbox import Outbox
-from meshkit.runtime.presence import Presence
+from meshkit.runtime.presence import Heartbeat, Presence
 from meshkit.runtime.service import Service
-from meshkit.runtime.stages import Continue, Drop
+from meshkit.runtime.stages import Continue, Drop, settle
+from meshkit.runtime.supervisor import Supervisor
 from meshkit.runtime.transport import Transport
-from meshkit.runtime.wire import Ask, Beat, Failure, Goodbye, Reply, Tell, Wire, encode_payload
+from meshkit.runtime.wire import MAX_KINDS, Ask, Beat, Failure, Goodbye, Reply, Tell, Wire, encode_payload
 
 __all__ = ["Router"]
 
@@ -47,35 +46,42 @@ class Router:
         self,
         node: str,
         graph: Graph,
-        crews: Mapping[str, Crew],
+        supervisors: Mapping[str, Supervisor],
         transport: Transport,
         prover: Prover | None,
+        beat: Beat | None,
         log: ServiceLog,
         observer: Observer | None,
         letters: DeadLetters,
         escalate: Callable[[Service, str, BaseException], None],
     ) -> None:
+        if beat is not None and len(beat.kinds) > MAX_KINDS:
+            raise ValueError(
+                f"node {node!r} handles {len(beat.kinds)} kinds of requests, of which it may have {MAX_KINDS}"
+            )
         self.journal = Journal(observer)
         self.presence = Presence()
-        self.dispatcher = Dispatcher(node, graph, crews, self.journal, letters, self._answer, escalate)
+        self.dispatcher = Dispatcher(node, graph, supervisors, self.journal, letters, self._answer, escalate)
         self.calls = Calls(node, self._post)
+        self.outbox = Outbox(transport, prover, self._on_unsent)
+        self.heartbeat = Heartbeat(self.presence, beat, self.outbox.post, self._on_gone, observer)
         self.intake = Intake(
-            node, graph, self.dispatcher, self.calls, self.presence, prover, self.journal, self._answer, observer
+            node, graph, self.dispatcher, self.calls, self.heartbeat, prover, self.journal, self._answer
         )
-        self._outbox = Outbox(transport, prover, self._on_unsent)
         self._node = node
         self._graph = graph
         self._transport = transport
         self._max_payload = math.inf if prover is None else prover.max_bundle - _ENVELOPE
         self._log = log
         self._new_id = Ids().new
-        self._turn = 0  # which of the nodes that handle a kind is asked first
+        self._wall = _time.wall_of(_time.running_loop())
+        self._turns: Counter[str] = Counter()  # by kind: how often any node was asked, so that each gets its turn
 
     # --- what goes out
 
     async def emit(self, behavior: Local[P] | Broadcast[P], payload: P, to: str | None) -> str:
         """Send a message that nobody answers, and return its id."""
-        message = self._emitted(behavior, Message(self._new_id(), behavior.kind, self._node, payload, _time.wall()))
+        message, then = self._emitted(behavior, self._new_id(), payload)
         if isinstance(behavior, Local):
             if to is not None:
                 raise ValueError(f"{behavior!r} never leaves its node, so it cannot be emitted to {to!r}")
@@ -84,14 +90,18 @@ class Router:
             encoded = encode_payload(message.payload)
             tell = Tell(message.id, message.kind, behavior.version, message.time, encoded)
             if to is None:
-                self._outbox.post(None, tell, self._fitting(encoded))
+                self._fitting(len(encoded))
+                self.outbox.post(None, tell)
+                self.journal.note(message.id, "sent to every node")
                 self.intake.take(self._node, tell)
             else:
                 self._require_way(to)
-                self._post(to, tell, self._fitting(encoded))
+                self.journal.note(message.id, f"sent to node {to!r}")
+                self._post(to, tell, len(encoded))
         else:
             raise TypeError(f"{behavior!r} asks for a reply: use call(), which returns it")
-        self.journal.sent += 1
+        settle(then)
+        self.journal.send(message.kind, message.id, to)
         return message.id
 
     async def _emit_here(self, behavior: Local[P], message: Message[P]) -> None:
@@ -101,103 +111,144 @@ class Router:
         if behavior.overflow in {"drop_newest", "drop_oldest"}:
             self.intake.receive(route, message, 0)
             return None
-        outcome, stage = route.pipeline.run(message)
-        if not isinstance(outcome, Continue):
-            self.intake.stopped(route, message, 0, outcome, stage)
-        elif not self.dispatcher.offer_all(route.handlers, outcome.message):
-            if behavior.overflow == "refuse":
-                full = next(handler.mailbox for handler in route.handlers if not handler.mailbox.has_room())
-                raise Overloaded(name=full.name, limit=full.max_mailbox)
-            await self.dispatcher.deliver_all(route.handlers, outcome.message)
+        passed = self.intake.admit(route, message, 0)
+        if passed is None:
+            return None
+        if self.dispatcher.offer_all(route.handlers, passed.message):
+            settle(passed.then)
+        elif behavior.overflow == "refuse":
+            full = next(handler.mailbox for handler in route.handlers if not handler.mailbox.has_room())
+            self.journal.drop(message.kind, "mailbox", "overloaded", message.id, self._node)
+            raise full.overloaded()
+        else:  # meanwhile others may come in, so that the stages are asked again
+            await self.dispatcher.deliver_all(route.handlers, lambda: self.intake.admit(route, message, 0))
         return None
 
     async def call(self, behavior: Request[P, R], payload: P, to: str | None, timeout: float, call_id: str | None) -> R:
         """Ask the node `to` (None: any one that handles the kind), and return its reply."""
         if not isinstance(behavior, Request):
             raise TypeError(f"{behavior!r} has no reply: use emit()")
-        _check.duration("timeout", timeout)
-        if call_id is None:
-            call_id = self._new_id()
-        message = self._emitted(behavior, Message(call_id, behavior.kind, self._node, payload, _time.wall()))
+        timeout = _check.duration("timeout", timeout)
+        if call_id is not None and to is None:
+            raise ValueError("id needs to: only the node that was asked knows what it has answered")
+        message_id = self._new_id() if call_id is None else check_id(call_id)
+        message, then = self._emitted(behavior, message_id, payload)
+        settle(then)
         if to is not None:
-            return await self._ask(behavior, message, to, timeout)
-        deadline = _time.now() + timeout
-
-        def ask(node: str) -> Any:
-            return self._ask(behavior, message, node, deadline - _time.now())
-
-        reply: R = await first_that_takes_it(self._that_handle(behavior.kind), ask)
+            return await self._ask(behavior, message, to, timeout, repeats=call_id is not None)
+        nodes = self._that_handle(behavior.kind) or self._of_whom_nothing_is_known()
+        if not nodes:
+            raise self._nobody(behavior.kind)
+        reply: R = await first_that_takes_it(
+            nodes, timeout, lambda node, left: self._ask(behavior, message, node, left)
+        )
         return reply
 
     async def call_many(
         self, behavior: Request[P, R], payload: P, to: Sequence[str] | None, timeout: float, quorum: int | None
     ) -> Replies[R]:
         """Ask several nodes at once; return when `quorum` have replied (None: when each has answered)."""
-        behavior.check(payload)
         if to is None:
             to = self._that_handle(behavior.kind)
-        name = f"{behavior.kind!r} from node {self._node!r}"
+            if not to:
+                raise self._nobody(behavior.kind)
         return await gather(
-            to, lambda node: self.call(behavior, payload, node, timeout, None), quorum=quorum, name=name
+            to,
+            lambda node: self.call(behavior, payload, node, timeout, None),
+            quorum=quorum,
+            name=f"{behavior.kind!r} from node {self._node!r}",
         )
 
-    async def _ask(self, behavior: Request[P, R], message: Message[P], to: str, timeout: float) -> R:
-        if to != self._node:
-            peer = self.presence.peers.get(to)
-            if peer is not None and peer.draining:
-                raise Draining(node=to)
-            if to in self.presence.silent:
-                raise Unreachable(node=to, reason="it has fallen silent")
-        self.journal.sent += 1
+    async def _ask(
+        self, behavior: Request[P, R], message: Message[P], to: str, timeout: float, *, repeats: bool = False
+    ) -> R:
+        peer = self.presence.peers.get(to)
+        if peer is not None and peer.draining and not repeats:  # what it has it finishes, and it repeats its answers
+            raise Draining(node=to)
+        if to in self.presence.silent:
+            raise Unreachable(node=to, reason="it has fallen silent")
         self.journal.note(message.id, f"asked of node {to!r}")
-        return await self.calls.call(behavior, message, to, timeout)
+        self.journal.send(message.kind, message.id, to)
+        end = "nobody waits for the reply any more"
+        try:
+            reply = await self.calls.call(behavior, message, to, timeout)
+            end = f"node {to!r} replied"
+            return reply
+        except MeshkitError as error:
+            end = f"no reply: {error}"
+            raise
+        finally:
+            self.journal.note(message.id, end)
 
     def _that_handle(self, kind: str) -> Sequence[str]:
-        """Return the nodes that handle a kind of request, each time beginning with another one."""
-        nodes = [*self.presence.that_handle(kind)]
+        """Return the nodes that take requests of a kind, each time beginning with another one."""
+        nodes = [peer.node for peer in self.presence.that_handle(kind) if not peer.draining]
         if kind in self._graph.requests and not self.intake.draining:
             nodes.append(self._node)
-        if not nodes:
-            raise NoHandler(kind=kind, node="any")
-        self._turn += 1
-        first = self._turn % len(nodes)
+        self._turns[kind] += 1
+        first = self._turns[kind] % max(1, len(nodes))
         return nodes[first:] + nodes[:first]
 
-    def _emitted(self, behavior: Behavior[P], message: Message[P]) -> Message[P]:
-        """Pass a message through the stages of its emission; raise what stops it."""
-        behavior.check(message.payload)
-        pipeline = behavior.emitting
-        if pipeline is None:
-            return message
-        outcome, stage = pipeline.run(message)
-        if isinstance(outcome, Continue):
-            behavior.check(outcome.message.payload)
-            return outcome.message
+    def _of_whom_nothing_is_known(self) -> Sequence[str]:
+        """Return the nodes that have no heartbeat, or have just come: they can but be asked."""
+        known = self.presence.peers.keys() | self.presence.silent.keys()
+        return [node for node in self._transport.peers if node not in known]
+
+    def _nobody(self, kind: str) -> Refused:
+        """Return why nobody can be asked."""
+        draining = [peer.node for peer in self.presence.that_handle(kind)]
+        if kind in self._graph.requests:
+            draining.append(self._node)
+        return Draining(node=draining[0]) if draining else NoHandler(kind=kind, node=None)
+
+    def _on_gone(self, node: str) -> None:
+        self.intake.give_up(node)
+
+    def _emitted(
+        self, behavior: Behavior[P], message_id: str, payload: P
+    ) -> tuple[Message[P], Callable[[], object] | None]:
+        """Pass a message through the stages of its emission; raise what stops it, or return what is to be done then."""
+        behavior.check(payload)
+        message = Message(message_id, behavior.kind, self._node, payload, self._wall(), behavior.version)
+        if behavior.emitting is None:
+            return message, None
+        passed = behavior.emitting.run(message)
+        if isinstance(passed, Continue):
+            return passed.message, passed.then
+        stage, outcome = passed.stage, passed.outcome
         if isinstance(outcome, Drop):
             self.journal.drop(message.kind, stage, outcome.reason, message.id, self._node)
             raise NotAccepted(kind=message.kind, node=self._node, reason=f"{outcome.reason} (stage {stage})")
+        self.journal.drop(message.kind, stage, reason_of(outcome.error), message.id, self._node)
         raise outcome.error
 
-    def _fitting(self, encoded: msgspec.Raw) -> int:
+    def _fitting(self, size: int) -> int:
         """Return the size of a payload, which must fit into a frame."""
-        size = len(encoded)
         if size > self._max_payload:
             raise ValueError(f"a payload of {size} bytes does not fit into a frame: it may have {self._max_payload}")
         return size
 
     def _require_way(self, to: str) -> None:
-        if to != self._node and (to in self.presence.silent or to not in self._transport.peers):
-            known = ", ".join(sorted(self._transport.peers)) or "nobody"
+        reachable = {self._node, *self._transport.peers, *self.presence.peers} - self.presence.silent.keys()
+        if to not in reachable:
+            known = ", ".join(sorted(reachable - {self._node})) or "nobody"
             raise Unreachable(node=to, reason=f"node {self._node!r} can reach {known}")
 
     def _post(self, to: str, wire: Wire, size: int = 0) -> None:
         if to == self._node:
             self.intake.take(to, wire)
         else:
-            self._outbox.post(to, wire, size)
+            self._fitting(size)
+            self.outbox.post(to, wire)
 
     def _answer(self, caller: str, answer: Reply | Failure) -> None:
-        self._post(caller, answer, len(answer.payload) if isinstance(answer, Reply) else 0)
+        size = len(answer.payload) if isinstance(answer, Reply) else 0
+        if size > self._max_payload and caller != self._node:
+            self._log.error(
+                "a reply of %d bytes to node %r does not fit into a frame", size, caller, message_id=answer.id
+            )
+            answer, size = Failure(answer.id, "failed", code="internal"), 0
+        self._post(caller, answer, size)
 
     def _on_unsent(self, to: str | None, wires: Sequence[Wire], error: Exception) -> None:
         """Tell those who wait for an answer, and count the rest."""
@@ -211,22 +262,18 @@ class Router:
                 kind = wire.kind if isinstance(wire, Tell) else ""
                 self.journal.drop(kind, "transport", reason_of(error), wire.id, self._node)
 
-    def announce(self, name: str, every: float, *, greets: bool = False, to: str | None = None) -> None:
-        """Say that this node is up, to one node or to all."""
-        self._outbox.post(to, Beat(name, self._graph.requests, every, self.intake.draining, greets))
-
     def say_goodbye(self) -> None:
-        """Say that this node is leaving, and send what is still to be sent."""
-        self._outbox.post(None, Goodbye())
-        self._outbox.flush()
+        """Say that this node is leaving, after everything else that it had to say."""
+        self.outbox.flush()
+        self.outbox.post(None, Goodbye())
+        self.outbox.flush()
 
     # --- the state, and the end
 
     def stats(self) -> RuntimeStats:
         """Return what has happened so far."""
-        return self.journal.stats(
-            queued=self.dispatcher.queued, running=self.dispatcher.running, pending=len(self.calls)
-        )
+        mailboxes = self.dispatcher.mailboxes
+        return self.journal.stats(queued=mailboxes.queued, running=mailboxes.running, pending=len(self.calls))
 
     def close(self) -> None:
         """Fail every call that still waits for its answer."""

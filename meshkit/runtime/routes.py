@@ -1,7 +1,10 @@
 """Routes: the way of one version of one kind to its handlers, through the stages that its behavior asks for."""
 
-from collections.abc import Callable, Hashable, Sequence
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from meshkit import _time
 from meshkit.dedup import DedupCache
@@ -9,7 +12,7 @@ from meshkit.errors import MalformedFrame, RateLimited
 from meshkit.rate_limiter import RateLimiter
 from meshkit.runtime.behavior import Behavior, Ephemeral, Local, Request
 from meshkit.runtime.message import Message
-from meshkit.runtime.stages import Continue, Drop, Fail, Outcome, Pipeline, Step
+from meshkit.runtime.stages import EMIT, RECEIVE, Continue, Drop, Fail, Outcome, Pipeline, Step
 
 if TYPE_CHECKING:
     from meshkit.runtime.graph import Handler
@@ -23,96 +26,105 @@ _MAX_SENDERS = 10_000
 
 
 class Route:
-    """One for a request, any number of handlers for other kinds.
+    """The handlers of a version: one for a request, any number for other kinds.
 
-    A version without handlers is upgraded, step by step, to the next one that has some.
+    A version without handlers goes, upgraded, the way `onward` of the next version. What it remembers and charges is
+    one for both: nobody gets around a limit by sending an older version.
     """
 
     def __init__(
-        self, behavior: Behavior[Any], upgrades: Sequence[Behavior[Any]], handlers: "Sequence[Handler]"
+        self, behavior: Behavior[Any], handlers: "Sequence[Handler]" = (), onward: "Route | None" = None
     ) -> None:
         self.behavior = behavior
-        self.upgrades = tuple(upgrades)  # behaviors, each of which upgrades from the one before
-        self._upgrades = [newer.upgrade for newer in upgrades if newer.upgrade is not None]
-        self.handlers = tuple(handlers)
+        self.onward = onward
+        self.handled: Behavior[Any] = behavior if onward is None else onward.handled
+        self.handlers: tuple[Handler, ...] = tuple(handlers) if onward is None else onward.handlers
         self.pipeline = Pipeline(())
-        self._node = ""
-        self._seen: DedupCache | None = None
-
-    @property
-    def handled(self) -> Behavior[Any]:
-        """The behavior that the handlers take: this one, or the one that it is upgraded to."""
-        return self.upgrades[-1] if self.upgrades else self.behavior
+        self._upgrades: list[Callable[[Any], Any]] = []
+        if onward is not None and onward.behavior.upgrade is not None:
+            self._upgrades = [onward.behavior.upgrade, *onward._upgrades]
+        self._steps: list[Step] = []  # the runtime's own stages, from "dedupe" on
 
     def __str__(self) -> str:
         behavior = self.behavior
-        version = f" (version {behavior.version})" if self.upgrades or behavior.older else ""
-        upgraded = f", upgraded to version {self.handled.version}" if self.upgrades else ""
-        stages = [str(self.pipeline), "mailbox", ", ".join(map(repr, self.handlers)) + upgraded]
-        if not isinstance(behavior, Local):
-            stages[:0] = ["frame", "kind", "version"]
-        return f"{behavior.kind}{version}: {' -> '.join(filter(None, stages))}"
+        version = f" version {behavior.version}" if behavior.version != self.handled.version or behavior.older else ""
+        stays = isinstance(behavior, Local)  # then there are neither frames nor versions
+        emit = [EMIT[0], behavior.emitting or "", *(EMIT[-1:] if stays else EMIT[2:])]
+        receive = [*(() if stays else RECEIVE[:3]), self.pipeline, RECEIVE[-1], ", ".join(map(repr, self.handlers))]
+        out, back = (" -> ".join(filter(None, map(str, steps))) for steps in (emit, receive))
+        return f"{behavior.kind}{version}\n  emit     {out}\n  receive  {back}"
 
     def compile(self, node: str, repeated: Callable[[Message[Any]], bool]) -> None:
-        """Put its pipeline together, for one run of a node. `repeated` says whether a request came before."""
-        self._node = node
-        behavior = self.handled
-        steps: list[Step] = []
+        """Put its pipeline together, for one run of a node; first that of the route onward.
+
+        `repeated` says whether a request came before.
+        """
+        behavior, steps = self.handled, list[Step]()
         if not isinstance(behavior, Local):
-            steps.append(("decode", self._decode))
+            steps.append(Step("decode", functools.partial(self._decode, node)))
+        if self.onward is not None:
+            steps.append(Step("upgrade", self._upgrade, f"to version {behavior.version}"))
+        self._steps = list(self._own_steps(node, repeated)) if self.onward is None else self.onward._steps
+        custom = [stage for stage in behavior.stages if stage.on == "receive"]
+        self.pipeline = Pipeline([*steps, *self._steps], custom, check=behavior.check)
+
+    def _own_steps(self, node: str, repeated: Callable[[Message[Any]], bool]) -> Iterator[Step]:
+        behavior, name = self.behavior, f"{self.behavior.kind!r} on node {node!r}"
         if isinstance(behavior, Request):
-            steps.append(("dedupe", lambda message: Drop("duplicate") if repeated(message) else Continue(message)))
+            yield Step("dedupe", functools.partial(_drop_if, "duplicate", repeated), "by id")
         elif behavior.content_key is not None or not isinstance(behavior, Local | Ephemeral):
-            self._seen = DedupCache(ttl=behavior.remember, max_keys=_MAX_SEEN, name=f"{behavior.kind!r} on {node!r}")
-            steps.append(("dedupe", self._dedupe))
+            seen = DedupCache(ttl=behavior.ttl, max_keys=_MAX_SEEN, name=name)
+            how = f"by {'id' if behavior.content_key is None else 'content'}, for {behavior.ttl:g} s"
+            yield Step("dedupe", functools.partial(self._dedupe, seen), how)
         if behavior.rate_limit is not None:
             max_count, window = behavior.rate_limit
-            name = f"{behavior.kind!r} on node {node!r}"
-            self._limiter = RateLimiter(max_count=max_count, window=window, max_keys=_MAX_SENDERS, name=name)
-            steps.append(("rate_limit", self._rate_limit))
+            limiter = RateLimiter(max_count=max_count, window=window, max_keys=_MAX_SENDERS, name=name)
+            each = f"{max_count} in {window:g} s from each sender"
+            yield Step("rate_limit", functools.partial(self._rate_limit, limiter), each)
         if behavior.filter is not None:
-            accepts = behavior.filter
-            steps.append(("filter", lambda message: Continue(message) if accepts(message) else Drop("filtered")))
+            yield Step("filter", functools.partial(_filter, behavior.filter))
         if isinstance(behavior, Request):
-            steps.append(("deadline", _deadline))
-        self.pipeline = Pipeline(steps, [stage for stage in behavior.stages if stage.on == "receive"])
+            yield Step("deadline", functools.partial(_drop_if, "expired", _expired))
 
-    def remember(self, message: Message[Any]) -> None:
-        """Remember a message that came into a mailbox, so that it does not come in again."""
-        if self._seen is not None:
-            self._seen.mark(self._key(message))
-
-    def _decode(self, message: Message[Any]) -> Outcome:
+    def _decode(self, node: str, message: Message[Any]) -> Outcome:
         try:
             payload = self.behavior.decoder.decode(message.payload)
         except Exception as error:  # noqa: BLE001 - hostile bytes raise more than msgspec's own error
-            return Fail(MalformedFrame(reason=f"{message.kind!r} on node {self._node!r}: {error}"))
-        for upgrade in self._upgrades:
-            payload = upgrade(payload)
-        version = self.handled.version
+            return Fail(MalformedFrame(reason=f"{message.kind!r} on node {node!r}: {error}"))
         return Continue(
-            Message(message.id, message.kind, message.sender, payload, message.time, version, message.deadline)
+            Message(message.id, message.kind, message.sender, payload, message.time, message.version, message.deadline)
         )
 
-    def _key(self, message: Message[Any]) -> Hashable:
-        content_key = self.handled.content_key
+    def _upgrade(self, message: Message[Any]) -> Outcome:
+        payload = message.payload
+        for upgrade in self._upgrades:
+            payload = upgrade(payload)
+        self.handled.check(payload)
+        return Continue(replace(message, payload=payload, version=self.handled.version))
+
+    def _dedupe(self, seen: DedupCache, message: Message[Any]) -> Outcome:
+        content_key = self.behavior.content_key
         # Only who has sent a message can use up its id.
-        return (message.sender, message.id) if content_key is None else content_key(message.payload)
+        key: Hashable = (message.sender, message.id) if content_key is None else content_key(message.payload)
+        return Drop("duplicate") if seen.seen(key) else Continue(message, functools.partial(seen.mark, key))
 
-    def _dedupe(self, message: Message[Any]) -> Outcome:
-        if self._seen is not None and self._seen.seen(self._key(message)):
-            return Drop("duplicate")
-        return Continue(message)
-
-    def _rate_limit(self, message: Message[Any]) -> Outcome:
-        sender, limiter = message.sender, self._limiter
-        if limiter.allow(sender):
-            return Continue(message)
-        max_count, window = self.handled.rate_limit or (0, 0.0)
+    def _rate_limit(self, limiter: RateLimiter, message: Message[Any]) -> Outcome:
+        sender = message.sender
+        if limiter.check(sender):
+            return Continue(message, functools.partial(limiter.allow, sender))
+        max_count, window = self.behavior.rate_limit or (0, 0.0)
         wait = limiter.retry_after(sender)
         name = f"{message.kind!r}"
         return Fail(RateLimited(name=name, key=sender, max_count=max_count, window=window, retry_after=wait))
 
 
-def _deadline(message: Message[Any]) -> Outcome:
-    return Drop("expired") if message.deadline <= _time.now() else Continue(message)
+def _drop_if(reason: str, applies: Callable[[Message[Any]], bool], message: Message[Any]) -> Outcome:
+    return Drop(reason) if applies(message) else Continue(message)
+
+
+def _filter(accepts: Callable[[Message[Any]], bool], message: Message[Any]) -> Outcome:
+    return Continue(message) if accepts(message) else Drop("filtered")
+
+
+def _expired(message: Message[Any]) -> bool:
+    return message.deadline <= _time.now()

@@ -16,27 +16,24 @@
 'BOO'
 """
 
-import asyncio
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Any, Self, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 from meshkit import _check, _time
-from meshkit._time import running_loop
-from meshkit.errors import Closed
 from meshkit.events import Observer
 from meshkit.logger import Logger, ServiceLog
 from meshkit.runtime.behavior import Broadcast, Local, Request
 from meshkit.runtime.calls import Replies
+from meshkit.runtime.failures import DeadLetter, DeadLetters
 from meshkit.runtime.frame import Prover, Trust
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.identity import Identity
 from meshkit.runtime.journal import Journal, MessageDropped, RuntimeStats
-from meshkit.runtime.letters import DeadLetter, DeadLetters
 from meshkit.runtime.life import Life
+from meshkit.runtime.lifecycle import Lifecycle
 from meshkit.runtime.message import check_name
 from meshkit.runtime.presence import Peer, Presence
-from meshkit.runtime.service import Service, ServiceFailed
+from meshkit.runtime.service import Service
 from meshkit.runtime.transport import Alone, Transport
 
 __all__ = ["Runtime"]
@@ -45,7 +42,7 @@ P = TypeVar("P")
 R = TypeVar("R")
 
 
-class Runtime:
+class Runtime(Lifecycle):
     """One node: services, and the messages between them and those of other nodes.
 
     `async with` it, or `await rt.start()` and `await rt.stop()`, from any tasks: it lives in a task of its own. When it
@@ -58,14 +55,16 @@ class Runtime:
         identity: The keys that prove what it sends; its public key is the node's id. Without one, the name is the id:
             that will do only where no message leaves the process.
         trust: The ids of the nodes whose messages are taken, or a function that is given an id; by default all.
+        window: Seconds by which the clocks of two nodes may differ: a proved message that is older, or as far ahead, is
+            refused.
         heartbeat: Seconds between its signs of life; a node that is silent for three of its own is gone. None: it gives
-            none, and is not found by those who ask any node.
+            none, so that nobody notices when it falls silent, and who asks any node asks it only if no other is known.
         logger: Where its services log; by default a `Logger` of its own, which is closed when it stops.
         disabled_loggers: Names of services that log nothing.
         verbose_loggers: Names of services that log debug lines, and each event at once.
         grace: Seconds that handlers have to finish when it stops.
         max_dead_letters: Dead letters that are kept; beyond, the oldest is forgotten.
-        observer: Is given a `MessageDropped`, a `PeerUp` or a `PeerGone` when that happens.
+        observer: Is given a `MessageSent`, `MessageDropped`, `PeerUp` or `PeerGone` when that happens.
     """
 
     def __init__(
@@ -76,6 +75,7 @@ class Runtime:
         transport: Transport | None = None,
         identity: Identity | None = None,
         trust: Trust = None,
+        window: float = 30.0,
         heartbeat: float | None = 2.0,
         logger: Logger | None = None,
         disabled_loggers: Iterable[str] = (),
@@ -84,7 +84,7 @@ class Runtime:
         max_dead_letters: int = 1_000,
         observer: Observer | None = None,
     ) -> None:
-        self.name = check_name("the name of a node", name)
+        super().__init__(check_name("the name of a node", name))
         self.node = self.name if identity is None else identity.node_id
         self.services = tuple(services)
         self.grace = _check.duration("grace", grace, zero=True)
@@ -94,6 +94,7 @@ class Runtime:
         self._transport: Transport = Alone() if transport is None else transport
         self._identity = identity
         self._trust = trust
+        self._window = _check.duration("window", window)
         if identity is None and trust is not None:
             raise ValueError("trust needs an identity: only nodes that have one prove who they are")
         self._loggers = (_names(disabled_loggers), _names(verbose_loggers))
@@ -103,9 +104,6 @@ class Runtime:
             )
         self._own_logger = logger is None
         self.logger = self._new_logger() if logger is None else logger
-        self._life: Life | None = None  # the present run, or the last one
-        self._body: asyncio.Task[object] | None = None  # the task inside `async with`
-        self._body_cancelled = False
 
     def _new_logger(self) -> Logger:
         disabled, verbose = self._loggers
@@ -114,17 +112,6 @@ class Runtime:
     def __repr__(self) -> str:
         services = ", ".join(getattr(service, "name", "?") for service in self.services)
         return f"Runtime({self.name!r}, services=[{services}], {self._state})"
-
-    @property
-    def _state(self) -> str:
-        life = self._life
-        if life is None:
-            return "not started"
-        if life.home.ended:
-            return "stopped"
-        if not life.home.is_open:
-            return "starting"
-        return "draining" if life.router.intake.draining else "running"
 
     # --- messages
 
@@ -137,6 +124,8 @@ class Runtime:
 
         Raises:
             TypeError: The payload is not of the declared type, or cannot be encoded.
+            ValueError: The payload is too large for a frame.
+            NotAccepted: One of the behavior's own stages stopped it.
             Unreachable: There is no way to the node `to`.
             Overloaded: A handler would wait for room in the mailbox of its own service.
             Closed: The runtime has stopped.
@@ -154,13 +143,16 @@ class Runtime:
     ) -> R:
         """Ask the node `to` and return its reply. To ask this node itself is fine.
 
-        Without `to`, any node that is up and handles the kind is asked, each time another one; if it refuses, the next.
+        Without `to`, any node that is up and handles the kind is asked, each time another one; if it refuses, the next,
+        within the same `timeout`.
         The handler is given what is left of `timeout`, or of the enclosing anyio deadline if that is sooner. It is
         cancelled when this gives up or is cancelled. `id` repeats an earlier request: if that one is still being
         handled, this joins it; if it was answered within the last minute, this gets the same answer.
 
         Raises:
             TypeError: The payload is not of the declared type, or cannot be encoded.
+            ValueError: The payload is too large for a frame, a call with this `id` is pending already, or `id` is given
+                without `to`.
             Refused: It did not run: `Unreachable`, `NoHandler`, `NotAccepted`, `RateLimited`, `Overloaded` or
                 `Draining`; ask later, or another node.
             MalformedFrame: It did not run: the other node declares another payload.
@@ -187,8 +179,12 @@ class Runtime:
         then cancelled.
 
         Raises:
-            TooFewReplies: The `quorum` cannot be reached any more. `partial` has the replies that came.
+            TooFewReplies: The `quorum` cannot be reached, or not any more. It has the replies and errors that came.
+            NoHandler: No node is known that handles the kind.
+            Draining: All that do are draining.
         """
+        if isinstance(to, str):
+            raise TypeError(f"to must be ids of nodes, as in [{to!r}], not one string")
         nodes = None if to is None else list(dict.fromkeys(to))
         return await self._running().router.call_many(behavior, payload, nodes, timeout, quorum)
 
@@ -197,9 +193,9 @@ class Runtime:
     @property
     def peers(self) -> Mapping[str, Peer]:
         """The other nodes that are up, by id, sorted."""
-        up, transport = self._life.router.presence if self._life else Presence(), self._transport
-        nodes = sorted({*transport.peers} - up.silent.keys())
-        return {node: up.peers.get(node) or Peer(node, node) for node in nodes}
+        known = self._life.router.presence if self._life else Presence()
+        nodes = sorted({*self._transport.peers, *known.peers} - known.silent.keys())
+        return {node: known.peers.get(node) or Peer(node, node) for node in nodes}
 
     @property
     def dead_letters(self) -> Sequence[DeadLetter]:
@@ -207,9 +203,14 @@ class Runtime:
         return tuple(self.letters.letters)
 
     def replay(self, letter: DeadLetter) -> bool:
-        """Handle a dead letter again; return False if there is no room for it now."""
-        self._running()
-        return self.letters.replay(letter)
+        """Handle a dead letter again; return False if there is no room for it now, or nobody who handles it.
+
+        Nobody is answered: the caller of a request has been told long ago. If it fails again, there is a new letter.
+
+        Raises:
+            ValueError: It is not one of `dead_letters` any more.
+        """
+        return self.letters.replay(letter, self._running().router.intake.replay)
 
     @property
     def drops(self) -> Sequence[MessageDropped]:
@@ -221,7 +222,7 @@ class Runtime:
         return Journal().explain(message_id) if self._life is None else self._life.router.journal.explain(message_id)
 
     def describe(self) -> str:
-        """Print what messages go through on their way to each handler, one line for each kind and version."""
+        """Return the stages of each kind that is handled here, by version: on the way out, and on the way in."""
         routes = self._running().router.intake.routes
         return "\n".join(str(routes[key]) for key in sorted(routes))
 
@@ -233,43 +234,14 @@ class Runtime:
         """Return what has happened since the last start."""
         return RuntimeStats() if self._life is None else self._life.router.stats()
 
-    def _running(self) -> Life:
-        life = self._life
-        if life is None:
-            raise RuntimeError(f"node {self.name!r} is not running: use `async with`, or `await rt.start()`")
-        if life.over:
-            raise Closed(name=f"node {self.name!r}") from life.failure
-        self._require_its_loop(life)
-        return life
-
-    def _require_its_loop(self, life: Life) -> None:
-        if running_loop() is not life.home.loop:
-            raise RuntimeError(
-                f"node {self.name!r} runs on another event loop: await it there; from other threads, "
-                "through anyio.from_thread or asyncio.run_coroutine_threadsafe"
-            )
-
     # --- its life
 
-    async def start(self) -> None:
-        """Start the services in order; return when all are ready. Where one fails, those that had started are stopped.
-
-        Cancelled meanwhile, it undoes what it had done before it passes that on.
-
-        Raises:
-            ValueError: Something is declared wrongly; the message names every fault.
-            ServiceFailed: A service failed to start, or took too long; `__cause__` says why.
-            Exception: What the transport raised.
-        """
-        if self._life is not None:
-            if not self._life.home.ended:
-                raise RuntimeError(f"node {self.name!r} is {self._state} already")
-            if self._own_logger:
-                self.logger = self._new_logger()
+    def _new_life(self) -> Life:
+        if self._life is not None and self._own_logger:
+            self.logger = self._new_logger()
         graph = Graph(self.name, self.services)
         end_of_log = self.logger.close if self._own_logger else self.logger.flush
-        self._life = Life(self, graph, self._transport, self._prover(), self._cancel_body, end_of_log)
-        await self._told(self._life.home.open())
+        return Life(self, graph, self._transport, self._prover(), self._cancel_body, end_of_log)
 
     def _prover(self) -> Prover | None:
         """Return what proves what this node sends, if that must be."""
@@ -280,72 +252,7 @@ class Runtime:
             return None
         if transport.exposed and self._trust is None:
             raise ValueError(f"node {self.name!r} can be reached by strangers: say with trust= whom it trusts")
-        return Prover(self._identity, trust=self._trust, started=_time.wall())
-
-    async def stop(self) -> None:
-        """Stop, and return when everything has ended. Harmless where it does not run.
-
-        Requests of other nodes are refused with `Draining`; handlers have `grace` seconds to finish what was accepted,
-        then they are cancelled; services stop in reverse order; calls that still wait fail with `Closed`.
-
-        Cancelled meanwhile, it hurries: what it is doing is cut short, and when everything has ended, the cancellation
-        is passed on. Called by a handler or background task of its own it does not wait: it would wait for itself.
-
-        Raises:
-            ServiceFailed: A background task had failed too often, or the `stop` of a service failed.
-        """
-        life = self._life
-        if life is None or life.home.need_not_close:
-            return
-        self._require_its_loop(life)
-        if life.owns(asyncio.current_task()):
-            life.home.ask_to_close()
-        else:
-            await self._told(life.home.close())
-
-    async def wait(self) -> None:
-        """Wait until it has stopped, for whatever reason.
-
-        Raises:
-            ServiceFailed: It stopped because a background task failed too often.
-            RuntimeError: It was never started.
-        """
-        if self._life is None:
-            raise RuntimeError(f"node {self.name!r} is not running")
-        self._require_its_loop(self._life)
-        await self._told(self._life.home.wait())
-
-    async def _told(self, end: Coroutine[Any, Any, None]) -> None:
-        """Await `end`; each one who is told about a failure gets an error of their own."""
-        failure: ServiceFailed | None = None
-        try:
-            await end
-        except ServiceFailed as error:
-            failure = error
-        if failure is not None:
-            fresh = ServiceFailed(node=failure.node, service=failure.service, what=failure.what)
-            raise fresh from failure.__cause__
-
-    async def __aenter__(self) -> Self:
-        await self.start()
-        self._body = asyncio.current_task()
-        if self._life is not None and self._life.failure is not None:
-            self._cancel_body()
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        body, self._body = self._body, None
-        cancelled, self._body_cancelled = self._body_cancelled, False
-        if cancelled and body is asyncio.current_task() and body is not None:
-            body.uncancel()
-        await self.stop()
-
-    def _cancel_body(self) -> None:
-        """End the body of `async with`, if the task that entered it still runs: its runtime has failed."""
-        if self._body is not None and not self._body.done():
-            self._body_cancelled = self._body.cancel()
+        return Prover(self._identity, trust=self._trust, window=self._window, started=_time.wall())
 
 
 def _names(names: Iterable[str]) -> Iterable[str]:

@@ -1,33 +1,44 @@
-"""Services: what a node is made of.
+"""Services: what a node is made of, which of their methods handles which behavior, and how one refuses.
 
->>> from meshkit.runtime.behavior import local
->>> from meshkit.runtime.handling import handles
+>>> from meshkit.runtime.behavior import request
 >>> from meshkit.runtime.message import Message
->>> GREET = local("greeter:greet", str)
->>> class Greeter(Service):
-...     name, emoji = "greeter", "👋"
+>>> SIZE = request("stash:size", bytes, reply=int)
+>>> class Stash(Service):
+...     name, emoji = "stash", "📦"
 ...
-...     @handles(GREET)
-...     async def greet(self, msg: Message[str]) -> None:
-...         self.log.info("hello %s", msg.payload)
+...     @handles(SIZE)
+...     async def size(self, msg: Message[bytes]) -> int:
+...         if not msg.payload:
+...             raise Reject("empty", "there is nothing in it")
+...         return len(msg.payload)
+>>> behaviors_of(Stash.size)
+(Request('stash:size', bytes, reply=int),)
 """
 
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVarTuple
+from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, cast, overload
 
 from meshkit.errors import MeshkitError
-from meshkit.runtime.crew import Crew, Restarts
+from meshkit.runtime.behavior import Behavior, Broadcast, Local, Request
+from meshkit.runtime.message import Message, check_name
+from meshkit.runtime.supervisor import Restarts, Supervisor
 
 if TYPE_CHECKING:
     from meshkit.logger import ServiceLog
     from meshkit.runtime.runtime import Runtime
 
-__all__ = ["Service", "ServiceFailed"]
+__all__ = ["MAX_DETAIL", "Reject", "Service", "ServiceFailed", "behaviors_of", "handles"]
 
+P = TypeVar("P")
+R = TypeVar("R")
+S = TypeVar("S")
 Ts = TypeVarTuple("Ts")
+
+MAX_DETAIL = 4096
+"""Characters that a handler may say about why it rejects a call."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -76,7 +87,7 @@ class Service:
     """The runtime that it belongs to; there from `init()` on."""
     log: "ServiceLog"
     """Its log; there from `init()` on."""
-    crew: Crew | None = None
+    supervisor: Supervisor | None = None
     """Its tasks, while it runs; `spawn` adds to them."""
 
     def init(self) -> None:
@@ -97,7 +108,64 @@ class Service:
         once more after `max_restarts` restarts within `restart_window`, the runtime stops, with `ServiceFailed` in its
         host. To end it early, cancel the task that is returned.
         """
-        if self.crew is None:
+        if self.supervisor is None:
             raise RuntimeError(f"{type(self).__name__} does not run: spawn its background tasks in start()")
         what = name or str(getattr(fn, "__name__", "task"))
-        return self.crew.supervise(functools.partial(fn, *args), what, Restarts(self.max_restarts, self.restart_window))
+        return self.supervisor.supervise(
+            functools.partial(fn, *args), what, Restarts(self.max_restarts, self.restart_window)
+        )
+
+
+class Reject(Exception):
+    """Raised by a handler to fail a call on purpose, with a `code` that its caller can act upon.
+
+    The caller gets a `RemoteError` with this `code`, `detail` (its first 4,096 characters) and `retryable`, and nothing
+    is logged. Of any other exception the caller learns no more than the code "internal", and the id to look for in the
+    log.
+    """
+
+    def __init__(self, code: str, detail: str = "", *, retryable: bool = False) -> None:
+        super().__init__(code, detail)
+        self.code = check_name("the code of a Reject", code)
+        if code in {"internal", "bad_reply"}:
+            raise ValueError(f"the code of a Reject cannot be {code!r}, which says that nobody chose to fail")
+        # A file's name may hold what is not Unicode.
+        self.detail = str(detail)[:MAX_DETAIL].encode("utf-8", "backslashreplace").decode()
+        self.retryable = bool(retryable)
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail}" if self.detail else self.code
+
+
+@overload
+def handles(
+    behavior: Request[P, R], /
+) -> Callable[
+    [Callable[[S, Message[P]], Coroutine[Any, Any, R]]], Callable[[S, Message[P]], Coroutine[Any, Any, R]]
+]: ...
+
+
+@overload
+def handles(
+    behavior: Local[P] | Broadcast[P], /
+) -> Callable[
+    [Callable[[S, Message[P]], Coroutine[Any, Any, None]]], Callable[[S, Message[P]], Coroutine[Any, Any, None]]
+]: ...
+
+
+def handles(behavior: Behavior[Any], /) -> Callable[[Any], Any]:
+    """Mark an async method of a `Service` as the handler of `behavior`: `async def method(self, msg) -> reply`."""
+    if not isinstance(behavior, Behavior):
+        raise TypeError(f"@handles needs a behavior, as in @handles(STORE), not {behavior!r}")
+
+    def mark(method: Any) -> Any:
+        method._meshkit_handles = (*behaviors_of(method), behavior)
+        return method
+
+    return mark
+
+
+def behaviors_of(method: object) -> tuple[Behavior[Any], ...]:
+    """Return the behaviors that `method` was marked to handle."""
+    behaviors: object = getattr(method, "_meshkit_handles", ())
+    return cast("tuple[Behavior[Any], ...]", behaviors) if isinstance(behaviors, tuple) else ()

@@ -13,6 +13,7 @@ for the frame around it to prove. Payloads are embedded as they were encoded, an
 they are.
 """
 
+import math
 from typing import Annotated, Literal, TypeAlias, cast
 
 import msgspec
@@ -29,9 +30,11 @@ from meshkit.errors import (
     RateLimited,
     RemoteError,
 )
+from meshkit.runtime.message import MAX_ID, MAX_NAME
 
 __all__ = [
     "MAX_BUNDLE",
+    "MAX_KINDS",
     "Ask",
     "Beat",
     "Cancel",
@@ -43,6 +46,7 @@ __all__ = [
     "Wire",
     "decode",
     "encode",
+    "encode_into",
     "encode_payload",
     "refusal",
     "require_portable",
@@ -51,6 +55,13 @@ __all__ = [
 
 MAX_BUNDLE = 256
 """Messages that one bundle may hold."""
+MAX_KINDS = 1_000
+"""Kinds of requests that a node may say it handles."""
+
+_Id: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_ID)]
+_Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+_Time: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=253_402_300_800)]  # until the year 10000; and never NaN
+_Milliseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 
 
 class _Travels(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -60,28 +71,28 @@ class _Travels(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class Tell(_Travels, tag="t", frozen=True):
     """A message that nobody waits for."""
 
-    id: str
-    kind: str
+    id: _Id
+    kind: _Name
     version: int
-    time: float
+    time: _Time
     payload: msgspec.Raw
 
 
 class Ask(_Travels, tag="a", frozen=True):
     """A request. `remaining` is how many milliseconds its caller will still wait."""
 
-    id: str
-    kind: str
+    id: _Id
+    kind: _Name
     version: int
-    time: float
-    remaining: int
+    time: _Time
+    remaining: _Milliseconds
     payload: msgspec.Raw
 
 
 class Reply(_Travels, tag="r", frozen=True):
     """The answer to the request with this `id`."""
 
-    id: str
+    id: _Id
     payload: msgspec.Raw
 
 
@@ -93,7 +104,7 @@ Why: TypeAlias = Literal[
 class Failure(_Travels, tag="f", frozen=True):
     """Why the request with this `id` has no reply. What only some of the reasons need has a default."""
 
-    id: str
+    id: _Id
     why: Why
     detail: str = ""
     limit: int = 0
@@ -106,17 +117,21 @@ class Failure(_Travels, tag="f", frozen=True):
 class Cancel(_Travels, tag="c", frozen=True):
     """The caller of the request with this `id` has gone."""
 
-    id: str
+    id: _Id
 
 
 class Beat(_Travels, tag="b", frozen=True):
-    """A node is up. `every` is how many seconds pass until its next one; `greets`: who hears it shall say so, too."""
+    """A node is up. `every` is how many seconds pass until its next one.
 
-    name: str
-    kinds: tuple[str, ...]
+    Who hears one that `greets` shall say that it is up, too: with one that `answers`.
+    """
+
+    name: _Name
+    kinds: Annotated[tuple[_Name, ...], msgspec.Meta(max_length=MAX_KINDS)]
     every: float
     draining: bool = False
     greets: bool = False
+    answers: bool = False
 
 
 class Goodbye(_Travels, tag="g", frozen=True):
@@ -125,11 +140,14 @@ class Goodbye(_Travels, tag="g", frozen=True):
 
 Wire: TypeAlias = Tell | Ask | Reply | Failure | Cancel | Beat | Goodbye
 
+_MAX_REASON = 1_000  # characters of what an error says
 _ENCODER = msgspec.msgpack.Encoder()
 _BUNDLE = Annotated[list[Wire], msgspec.Meta(max_length=MAX_BUNDLE)]
 _DECODER: msgspec.msgpack.Decoder[list[Wire]] = msgspec.msgpack.Decoder(_BUNDLE)
+_FAILURES = msgspec.msgpack.Decoder(Failure)
 
 encode = _ENCODER.encode
+encode_into = _ENCODER.encode_into
 
 
 def encode_payload(payload: object) -> msgspec.Raw:
@@ -161,32 +179,43 @@ def decode(bundle: bytes) -> list[Wire]:
     try:
         return _DECODER.decode(bundle)
     except Exception as error:
-        raise MalformedFrame(reason=str(error)) from error  # hostile bytes raise more than msgspec's own error
+        # Hostile bytes raise more than msgspec's own error; and it may quote them at length.
+        raise MalformedFrame(reason=str(error)[:_MAX_REASON]) from error
 
 
 def refusal(call_id: str, error: MeshkitError) -> Failure:
-    """Return what tells a caller about `error`, which is why its request was not handled: the reverse of `to_error`."""
+    """Return what tells a caller about `error`, which is why its request was not handled: the reverse of `to_error`.
+
+    A stage may raise an error made of anything: what cannot travel would spoil all that travels with it.
+    """
+    try:
+        return _FAILURES.decode(encode(_refusal(call_id, error)))
+    except Exception:  # noqa: BLE001 - the fields of the error, or its text, are not what they must be
+        return Failure(call_id, "not_accepted", type(error).__name__)
+
+
+def _refusal(call_id: str, error: MeshkitError) -> Failure:
     match error:
         case NoHandler():
             return Failure(call_id, "no_handler")
         case NotAccepted():
-            return Failure(call_id, "not_accepted", error.reason)
+            return Failure(call_id, "not_accepted", error.reason[:_MAX_REASON])
         case MalformedFrame():
-            return Failure(call_id, "malformed", error.reason)
+            return Failure(call_id, "malformed", error.reason[:_MAX_REASON])
         case Overloaded():
-            return Failure(call_id, "overloaded", error.name, error.limit)
+            return Failure(call_id, "overloaded", error.name[:_MAX_REASON], error.limit)
         case RateLimited():
-            return Failure(
-                call_id, "rate_limited", error.name, error.max_count, error.window, retry_after=error.retry_after
-            )
+            name, wait = error.name[:_MAX_REASON], error.retry_after
+            return Failure(call_id, "rate_limited", name, error.max_count, error.window, retry_after=wait)
         case Draining():
             return Failure(call_id, "draining")
         case _:
-            return Failure(call_id, "not_accepted", str(error))
+            return Failure(call_id, "not_accepted", str(error)[:_MAX_REASON])
 
 
 def to_error(failure: Failure, node: str, kind: str, me: str) -> MeshkitError:
     """Return the error that `failure`, sent by `node` in answer to a request of `kind` from `me`, is for the caller."""
+    wait = failure.retry_after
     match failure.why:
         case "no_handler":
             return NoHandler(kind=kind, node=node)
@@ -202,7 +231,8 @@ def to_error(failure: Failure, node: str, kind: str, me: str) -> MeshkitError:
                 key=me,
                 max_count=failure.limit,
                 window=failure.window,
-                retry_after=failure.retry_after,
+                # What callers may sleep for must be a number that a clock can hold.
+                retry_after=wait if wait is not None and 0 <= wait < math.inf else None,
             )
         case "draining":
             return Draining(node=node)

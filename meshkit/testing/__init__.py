@@ -1,4 +1,4 @@
-"""What meshkit is tested with, for yours: virtual time, cancellation at every await, transports, bad networks."""
+"""What meshkit is tested with, for yours: virtual time, cancellation at every await, transports, bad networks, one node."""
 
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     )
     from meshkit.testing.chaos_proxy import ChaosProxy as ChaosProxy
     from meshkit.testing.conformance import TransportConformance as TransportConformance
+    from meshkit.testing.single_node import (
+        SILENCE as SILENCE,
+        Sent as Sent,
+        Silence as Silence,
+        TestRuntime as TestRuntime,
+    )
     from meshkit.testing.virtual_time import (
         Deadlock as Deadlock,
         Leak as Leak,
@@ -25,6 +31,7 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
             "cancellation": ["CancellationPoint", "cancellation_points"],
             "chaos_proxy": ["ChaosProxy"],
             "conformance": ["TransportConformance"],
+            "single_node": ["SILENCE", "Sent", "Silence", "TestRuntime"],
             "virtual_time": ["Deadlock", "Leak", "Livelock", "VirtualTimeLoop", "run"],
         },
     )

@@ -50,10 +50,11 @@ class _Clock:
 
     def select(self, timeout: float | None) -> list[Any]:
         if timeout != 0:
-            self._passes = 0
             self._loop.refuse_threads()
-            self._loop.jump_to_next_timer()
-            return []
+            if not self._loop.wake_settled():
+                self._passes = 0
+                self._loop.jump_to_next_timer()
+                return []
         self._passes += 1
         if self._passes > self.MAX_PASSES:
             self._passes = 0
@@ -95,6 +96,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         self._now = 0.0
         self._wall_start = wall_start
         self._called_by_thread = False
+        self._settling: list[asyncio.Future[None]] = []
         self._clock_resolution = 1e-9
         self._selector = _Clock(self)
 
@@ -105,6 +107,20 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     def wall_time(self) -> float:
         """Return the virtual wall clock in seconds since the epoch: what `meshkit` code sees as wall time."""
         return self._wall_start + self._now
+
+    async def settle(self) -> None:
+        """Return when nothing is left to be done now: every other task waits for another one, or for later."""
+        settled = self.create_future()
+        self._settling.append(settled)
+        await settled
+
+    def wake_settled(self) -> bool:
+        """Wake those who wait in `settle`; return whether there were any."""
+        settling, self._settling = self._settling, []
+        for settled in settling:
+            if not settled.done():
+                settled.set_result(None)
+        return bool(settling)
 
     def jump_to_next_timer(self) -> None:
         """Move the clock to the earliest timer."""

@@ -76,11 +76,13 @@ class MemoryHub:
             raise ValueError(f"node {node!r} cannot join {self!r}: there is a node of that name")
         self._nodes[node] = receiver
 
-    def leave(self, node: str) -> None:
-        """Let `node` leave, and tell the others."""
+    def leave(self, node: str, receiver: Receiver | None = None) -> None:
+        """Let `node` leave, and tell the others; harmless if it has left, or if it is not its `receiver` any more."""
+        if node not in self._nodes or self._nodes[node] is not (receiver or self._nodes[node]):
+            return
         del self._nodes[node]
-        for receiver in list(self._nodes.values()):
-            receiver.lost(node)
+        for other in list(self._nodes.values()):
+            other.lost(node)
 
     def send(self, sender: str, to: str, frame: bytes) -> None:
         """Hand `frame` over to the node `to`.
@@ -115,6 +117,7 @@ class MemoryTransport:
             raise TypeError(f"hub must be a MemoryHub, which the nodes of a mesh share, not {hub!r}")
         self._hub = hub
         self._node: str | None = None
+        self._receiver: Receiver | None = None
 
     def __repr__(self) -> str:
         return f"MemoryTransport({self._hub!r}, node={self._node!r})"
@@ -129,7 +132,7 @@ class MemoryTransport:
         if self._node in self._hub.nodes:
             raise RuntimeError(f"{self!r} is in use: give each runtime a MemoryTransport of its own, on the same hub")
         self._hub.join(node, receiver)
-        self._node = node
+        self._node, self._receiver = node, receiver
 
     def send(self, to: str, frame: bytes) -> None:
         """Hand `frame` over to the node `to`."""
@@ -141,9 +144,10 @@ class MemoryTransport:
 
     async def close(self) -> None:
         """Leave the hub; closing twice is harmless."""
-        if self._node is not None:
-            node, self._node = self._node, None
-            self._hub.leave(node)
+        node, receiver = self._node, self._receiver
+        self._node = self._receiver = None
+        if node is not None and receiver is not None:
+            self._hub.leave(node, receiver)
 
     def _joined(self) -> str:
         if self._node is None:

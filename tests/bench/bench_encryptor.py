@@ -127,6 +127,10 @@ def longest_pause(work: Callable[[bytes], Awaitable[object]]) -> Callable[[int],
     return lambda n: asyncio.run(main(n))
 
 
+async def in_a_bare_thread(data: bytes) -> None:
+    await asyncio.to_thread(encrypt, data, AAD, NONCE, KEY)
+
+
 async def by_the_stream(data: bytes) -> None:
     async for _ in ENCRYPTOR.seal_stream([data], AAD):
         pass
@@ -140,6 +144,7 @@ def measures() -> list[Measure]:
         Compare("seal of 1 MiB / PyNaCl", bare_mib, our_mib, 50),
         Compare("seal_stream of 1 MiB / PyNaCl, chunk by chunk", bare_seal_stream, our_seal_stream, 50),
         Compare("open_stream of 1 MiB / PyNaCl, chunk by chunk", bare_open_stream, our_open_stream, 50),
+        Fact("longest pause of the loop, MiB in a thread: PyNaCl", longest_pause(in_a_bare_thread), 64, "ms"),
         Fact("longest pause of the loop, MiB by seal_large", longest_pause(ENCRYPTOR.seal_large), 64, "ms"),
         Fact("longest pause of the loop, MiB by seal_stream", longest_pause(by_the_stream), 64, "ms"),
     ]

@@ -7,8 +7,23 @@ from typing import Annotated, Any, Literal, Protocol, cast
 import msgspec
 import pytest
 
-from meshkit.runtime import Behavior, Broadcast, Local, Message, Reject, Request, broadcast, handles, local, request
-from meshkit.runtime.handling import behaviors_of
+from meshkit import RetryPolicy
+from meshkit.runtime import (
+    Behavior,
+    Broadcast,
+    Continue,
+    Local,
+    Message,
+    Reject,
+    Request,
+    Stage,
+    broadcast,
+    ephemeral,
+    handles,
+    local,
+    request,
+)
+from meshkit.runtime.service import behaviors_of
 
 
 class Payload(msgspec.Struct, frozen=True):
@@ -57,12 +72,12 @@ def test_a_kind_is_text_without_spaces(kind: Any) -> None:
 
 @pytest.mark.parametrize("payload", [3, "int", None, [int]])
 def test_a_payload_is_declared_by_its_type(payload: Any) -> None:
-    with pytest.raises(TypeError, match="a: payload must be a type, not"):
+    with pytest.raises(TypeError, match="a: the payload must be a type, not"):
         local("a", payload)
 
 
 def test_a_reply_is_declared_by_its_type() -> None:
-    with pytest.raises(TypeError, match="a: reply must be a type, not None"):
+    with pytest.raises(TypeError, match="a: the reply must be a type, not None"):
         request("a", int, reply=cast("type[int]", None))
     with pytest.raises(TypeError, match="reply"):
         request("a", int)  # type: ignore[call-arg]  # what happens then is what is tested
@@ -194,3 +209,96 @@ def test_the_detail_of_a_reject_can_always_travel() -> None:
 def test_a_reject_pickles() -> None:
     copied = pickle.loads(pickle.dumps(Reject("quota", "too much", retryable=True)))
     assert (copied.code, copied.detail, copied.retryable) == ("quota", "too much", True)
+
+
+def passes(msg: Message[Any]) -> Continue:
+    return Continue(msg)
+
+
+async def waits(_: object) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"rate_limit": 5}, "rate_limit must be (max_count, window), not 5"),
+        ({"rate_limit": [5, 1.0]}, "rate_limit must be (max_count, window), not [5, 1.0]"),
+        ({"rate_limit": (5,)}, "rate_limit must be (max_count, window), not (5,)"),
+        ({"rate_limit": (0, 1.0)}, "max_count of rate_limit must be"),
+        ({"rate_limit": (1, float("nan"))}, "window of rate_limit must be"),
+        ({"remember": 0}, "remember must be"),
+        ({"remember": float("inf")}, "remember must be"),
+        ({"max_mailbox": 0}, "max_mailbox must be"),
+        ({"max_concurrent": 1.5}, "max_concurrent must be"),
+        ({"content_key": "id"}, "content_key must be a function that is not async, not 'id'"),
+        ({"content_key": waits}, "content_key must be a function that is not async"),
+        ({"filter": True}, "filter must be a function that is not async, not True"),
+        ({"filter": waits}, "filter must be a function that is not async"),
+        ({"order_by": "kind"}, "order_by must be a function that is not async, not 'kind'"),
+        ({"order_by": waits}, "order_by must be a function that is not async"),
+        ({"overflow": "wait"}, "overflow must be one of drop_newest, drop_oldest here, not 'wait'"),
+        ({"retry": 3}, "retry must be a RetryPolicy, not 3"),
+        ({"retry": RetryPolicy(timeout=1.0)}, "retry is bounded by max_retries and the caller's deadline"),
+        ({"on_error": "ignore"}, "on_error must be one of log, drop, dead_letter, raise, not 'ignore'"),
+        ({"stages": [passes]}, "stages must be of Stage(name, run), not <function passes"),
+        ({"stages": [Stage("a", passes), Stage("a", passes)]}, "two stages of the same name: a, a"),
+        ({"upgrade": str}, "a newer version is declared from the one before"),
+        ({"older": local("a:b", int)}, "a newer version is declared from the one before"),
+    ],
+)
+def test_an_option_that_cannot_be_is_named_with_the_kind(options: dict[str, Any], fault: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        broadcast("a:b", int, **options)
+    assert str(caught.value).startswith(f"a:b: {fault}")
+
+
+def test_an_option_that_makes_no_sense_for_a_template_is_refused() -> None:
+    with pytest.raises(ValueError, match="a:b: content_key makes no sense for a request: each caller waits"):
+        request("a:b", int, reply=int, content_key=int)
+    for make in (local, ephemeral):
+        with pytest.raises(ValueError, match="a:b: remember needs a content_key here"):
+            make("a:b", int, remember=5.0)
+        assert make("a:b", int, remember=5.0, content_key=int).ttl == 5.0
+    with pytest.raises(ValueError, match="remember needs a content_key"):
+        request("a:b", int, reply=int, remember=5.0)
+    with pytest.raises(ValueError, match="a:b: stage 'raw' cannot come before decode: what is local is not encoded"):
+        local("a:b", int, stages=[Stage("raw", passes, "decode")])
+    with pytest.raises(ValueError, match="overflow must be one of refuse here, not 'drop_oldest'"):
+        request("a:b", int, reply=int, overflow="drop_oldest")
+
+
+def test_what_is_not_said_has_a_default_for_each_template() -> None:
+    declared: list[Behavior[int]] = [
+        local("a", int),
+        broadcast("a", int),
+        ephemeral("a", int),
+        request("a", int, reply=int),
+    ]
+    assert [behavior.overflow for behavior in declared] == ["wait", "drop_newest", "drop_oldest", "refuse"]
+    assert [behavior.own_mailbox for behavior in declared] == [False, False, True, False]
+    assert {behavior.ttl for behavior in declared} == {60.0}
+    assert broadcast("a", int, remember=5.0).ttl == 5.0
+
+
+def test_a_behavior_with_every_option_is_hashable_and_equal_to_its_like() -> None:
+    def made() -> Broadcast[str]:
+        return broadcast(
+            "a:b",
+            str,
+            content_key=len,
+            remember=1.0,
+            rate_limit=(1, 2.0),
+            filter=bool,
+            order_by="sender",
+            max_mailbox=1,
+            max_concurrent=1,
+            overflow="drop_oldest",
+            retry=RetryPolicy(),
+            on_error="raise",
+            stages=[Stage("a", passes)],
+        )
+
+    assert made() == made()
+    assert len({made(), made(), made().next(str), made().next(str)}) == 2
+    assert pickle.loads(pickle.dumps(made())) == made()

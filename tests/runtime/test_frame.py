@@ -21,8 +21,9 @@ from meshkit.errors import (
     Untrusted,
 )
 from meshkit.runtime import frame as frames
-from meshkit.runtime.frame import Opened, Prover, ReplayWindow, Trust
+from meshkit.runtime.frame import Opened, Prover, Trust, claimed_sender
 from meshkit.runtime.identity import Identity, node_id_of
+from meshkit.runtime.replay import ReplayWindow
 
 ALICE, BOB, EVE = (Identity.from_seed(letter * 32) for letter in (b"a", b"b", b"e"))
 START = 1_700_000_000.0
@@ -59,12 +60,12 @@ def both(sender: Prover, bundle: bytes = b"bundle", now: float = NOW) -> list[by
 # --- what is good -------------------------------------------------------------------------------------------
 
 
-@given(st.binary(max_size=300), st.sampled_from([bytes, bytearray, memoryview]))
-def test_what_is_sealed_or_signed_opens_as_it_was(bundle: bytes, kind: type[bytes]) -> None:
+@given(st.binary(max_size=300), st.sampled_from([bytes, bytearray]))
+def test_what_is_sealed_or_signed_opens_as_it_was(bundle: bytes, kind: type[bytes] | type[bytearray]) -> None:
     alice, bob = prover(ALICE), prover(BOB)
     sealed, signed = alice.seal(BOB.node_id, kind(bundle), NOW), alice.sign(kind(bundle), NOW)
-    assert bob.open(kind(sealed), NOW + 1) == Opened(ALICE.node_id, bundle, to_all=False, time=NOW, stale=None)
-    assert bob.open(kind(signed), NOW + 1) == Opened(ALICE.node_id, bundle, to_all=True, time=NOW, stale=None)
+    assert bob.open(sealed, NOW + 1) == Opened(ALICE.node_id, bundle, to_all=False, time=NOW, stale=None)
+    assert bob.open(signed, NOW + 1) == Opened(ALICE.node_id, bundle, to_all=True, time=NOW, stale=None)
     assert len(sealed) == HEADER + SEAL + len(bundle)
     assert len(signed) == HEADER + SIGNATURE + len(bundle)
     assert bundle not in sealed or len(bundle) < 4
@@ -78,19 +79,12 @@ def test_what_is_signed_opens_at_every_node_and_what_is_sealed_at_one() -> None:
         eve.open(sealed, NOW)
 
 
-def test_a_view_that_is_not_contiguous_opens(alice: Prover, bob: Prover) -> None:
-    frame = alice.sign(b"bundle", NOW)
-    spread = bytearray(2 * len(frame))
-    spread[::2] = frame
-    assert bob.open(memoryview(spread)[::2], NOW).bundle == b"bundle"
-
-
 def test_the_way_back_has_another_key() -> None:
     """What Alice sealed for Bob does not open as what Bob sealed for Alice, with the header changed to say so."""
     frame = bytearray(prover(ALICE).seal(BOB.node_id, b"bundle", NOW))
     frame[2:34], frame[RECIPIENT] = frame[RECIPIENT], frame[2:34]
     with pytest.raises(BadSeal):
-        prover(ALICE).open(frame, NOW)
+        prover(ALICE).open(bytes(frame), NOW)
 
 
 def test_the_largest_bundle_fits_and_no_larger_one(alice: Prover, bob: Prover) -> None:
@@ -145,24 +139,13 @@ def test_two_processes_agree(alice: Prover) -> None:
 # --- what is hostile ----------------------------------------------------------------------------------------
 
 
-def refused(bob: Prover, frame: object, now: float = NOW) -> Untrusted:
+def refused(bob: Prover, frame: bytes | bytearray, now: float = NOW) -> Untrusted:
     try:
-        bob.open(frame, now)  # type: ignore[arg-type]
+        bob.open(bytes(frame), now)
     except Untrusted as error:
         assert bob.seen.count == 0
         return error
     raise AssertionError("it was opened")
-
-
-@pytest.mark.parametrize("frame", [None, "text", 7, [1, 2], object(), b"", bytearray(), memoryview(b""), "", b"\0"])
-def test_what_is_not_even_bytes_or_empty_is_malformed(bob: Prover, frame: object) -> None:
-    assert type(refused(bob, frame)) is MalformedFrame
-
-
-def test_a_view_that_was_released_is_malformed(bob: Prover) -> None:
-    view = memoryview(bytes(200))
-    view.release()
-    assert type(refused(bob, view)) is MalformedFrame
 
 
 @given(st.binary(max_size=300))
@@ -242,10 +225,31 @@ def test_nobody_can_speak_for_another(bob: Prover) -> None:
         assert type(refused(bob, forged)) is error
 
 
-def test_a_sender_that_is_no_key_is_malformed(alice: Prover, bob: Prover) -> None:
-    for frame in both(alice):
-        for key in (bytes(32), b"\xff" * 32, b"\1" + bytes(31)):
-            assert "whose sender is not a key" in str(refused(bob, frame[:2] + key + frame[34:]))
+def test_a_sender_that_is_no_key_is_refused(alice: Prover, bob: Prover) -> None:
+    sealed, signed = both(alice)
+    for key in (bytes(32), b"\xff" * 32, b"\1" + bytes(31)):
+        assert "whose sender is not a key" in str(refused(bob, sealed[:2] + key + sealed[34:]))
+        assert type(refused(bob, signed[:2] + key + signed[34:])) is BadSignature
+
+
+def test_a_forged_signature_costs_no_agreement_of_keys(bob: Prover, monkeypatch: pytest.MonkeyPatch) -> None:
+    def agree(*_: object) -> None:
+        raise AssertionError("300 µs were spent on a stranger")
+
+    frame = prover(EVE).sign(b"bundle", NOW)
+    monkeypatch.setattr(Identity, "shared_with", agree)
+    assert type(refused(bob, frame[:-1] + b"x")) is BadSignature
+
+
+@given(st.binary(max_size=200))
+def test_whom_a_frame_claims_to_be_from_is_read_from_its_header_alone(data: bytes) -> None:
+    claimed = claimed_sender(data)
+    if claimed:
+        assert node_id_of(data[2:34]) == claimed
+    for frame in both(prover(EVE), data):
+        assert claimed_sender(frame) == EVE.node_id
+        assert claimed_sender(frame[:HEADER]) == EVE.node_id
+        assert claimed_sender(frame[: HEADER - 1]) == claimed_sender(b"\1\0" + frame[2:]) == ""
 
 
 # --- trust --------------------------------------------------------------------------------------------------
@@ -318,11 +322,8 @@ def test_a_predicate_that_is_interrupted_says_so() -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize(
-    ("age", "accepted"),
-    [(30.0, True), (30.000001, False), (-30.0, True), (-30.000001, False), (1e6, False), (-1e9, False)],
-)
-def test_a_frame_stamped_outside_the_window_yields_its_content_as_stale(
+@pytest.mark.parametrize(("age", "accepted"), [(30.0, True), (30.000001, False), (-30.0, True), (1e6, False)])
+def test_a_frame_that_comes_too_late_yields_its_content_as_stale(
     alice: Prover, bob: Prover, which: int, age: float, accepted: bool
 ) -> None:
     stamp = START + 5_000_000
@@ -332,14 +333,34 @@ def test_a_frame_stamped_outside_the_window_yields_its_content_as_stale(
     assert bob.seen.count == accepted
 
 
+@pytest.mark.parametrize("ahead", [30.000001, 1e9])
+def test_a_frame_from_the_future_is_stale_and_yields_nothing_since_its_time_will_come(
+    alice: Prover, ahead: float
+) -> None:
+    for frame in both(alice, now=NOW + ahead):
+        bob = prover(BOB)
+        assert type(refused(bob, frame)) is Stale
+        assert bob.open(frame, NOW + ahead).stale is None
+
+
+def test_a_frame_that_was_refused_as_too_late_is_never_accepted(alice: Prover, bob: Prover) -> None:
+    """Whoever asked was told that it did not run: so it must not when the clock has gone back."""
+    for frame in both(alice):
+        assert bob.open(frame, NOW + 31).stale is not None
+        assert bob.open(frame, NOW + 20).stale is not None
+        assert bob.open(frame, NOW - 100).stale is not None
+    assert bob.open(alice.sign(b"after", NOW + 1), NOW).stale is None
+
+
 @pytest.mark.parametrize(("stamp", "accepted"), [(START - 2, True), (START - 2.000001, False), (START + 1, True)])
 def test_what_is_stamped_before_the_start_is_stale(alice: Prover, bob: Prover, stamp: float, accepted: bool) -> None:
     for frame in both(alice, now=stamp):
         assert (bob.open(frame, START).stale is None) is accepted
 
 
-def test_a_proved_replay_is_refused_for_as_long_as_its_stamp_would_be_accepted(alice: Prover, bob: Prover) -> None:
+def test_a_proved_replay_is_refused_for_as_long_as_its_stamp_would_be_accepted(alice: Prover) -> None:
     for frame in both(alice):
+        bob = prover(BOB)
         for now in (NOW - 30, NOW, NOW + 15, NOW + 30):
             if now == NOW - 30:
                 assert bob.open(frame, now).stale is None
@@ -446,12 +467,12 @@ def test_keys_are_kept_of_those_who_were_heard_or_spoken_to_last(monkeypatch: py
         for peer in peers:
             assert bob.open(prover(peer).seal(BOB.node_id, b"in", NOW), NOW).sender == peer.node_id
             assert prover(peer).open(bob.seal(peer.node_id, b"out", NOW), NOW).bundle == b"out"
-    kept = bob.__dict__
-    assert list(kept["_senders"]) == [peer.public_key for peer in peers[2:]]
-    assert list(kept["_recipients"]) == [peer.node_id for peer in peers[2:]]
-    bob.seal(peers[2].node_id, b"", NOW)
-    bob.seal(peers[0].node_id, b"", NOW)
-    assert list(kept["_recipients"]) == [peers[n].node_id for n in (4, 2, 0)]
+    assert list(bob.__dict__["_senders"]) == [peer.public_key for peer in peers[2:]]
+    derived = bob.__dict__["_recipient"].cache_info
+    assert (derived().currsize, derived().misses) == (3, 10)
+    for number in (2, 0, 4, 2):
+        bob.seal(peers[number].node_id, b"", NOW)
+    assert (derived().currsize, derived().misses) == (3, 11), "only the key for peer 0 was not there"
 
 
 # --- the core against a naive model -------------------------------------------------------------------------
@@ -474,6 +495,7 @@ class ReplayMachine(RuleBasedStateMachine):
 
     def start(self) -> None:
         self.life += 1
+        self.refused: set[int] = set()  # stamps
         self.started = self.highest = self.now
         self.floor = (self.started - SKEW) * self.unit
         self.window = ReplayWindow(window=WINDOW * self.unit, floor=self.floor, max_keys=self.limit)
@@ -509,7 +531,11 @@ class ReplayMachine(RuleBasedStateMachine):
         if not self.window.accepts(stamp, now):
             # What is in time may be refused only if its stamp was out of the window at some time before.
             assert not in_time or stamp < self.highest * self.unit - window
+            if stamp < now - window:
+                self.window.refuse(stamp)
+                self.refused.add(stamp)
             return
+        assert stamp not in self.refused
         assert in_time
         try:
             new = self.window.add(key, stamp, now)
@@ -566,22 +592,10 @@ def test_a_recipient_must_be_another_node(alice: Prover) -> None:
             alice.seal(recipient, b"", NOW)
 
 
-def test_a_bundle_must_be_bytes(alice: Prover) -> None:
-    with pytest.raises(TypeError, match="bundle must be bytes, not str"):
-        alice.seal(BOB.node_id, "text", NOW)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="bundle must be bytes, not str"):
-        alice.sign("text", NOW)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("name", "value", "kind", "says"),
     [
-        ("window", 0, ValueError, "window must be finite and more than zero seconds, not 0"),
-        ("window", float("nan"), ValueError, "window must be finite"),
-        ("skew", -1, ValueError, "skew must be finite and zero or more seconds, not -1"),
         ("started", float("nan"), ValueError, "NaN"),
-        ("max_frame", 154, ValueError, "max_frame must be at least 155, not 154"),
-        ("max_remembered", 0, ValueError, "max_remembered must be at least 1, not 0"),
         ("trust", ALICE.node_id, ValueError, "'.' is not a node id"),
         ("trust", ["bob"], ValueError, "'bob' is not a node id"),
         ("trust", [BOB], ValueError, "is not a node id"),
@@ -600,11 +614,6 @@ def test_an_async_predicate_is_refused() -> None:
 
     with pytest.raises(TypeError, match="trust must answer at once: an async function cannot"):
         prover(ALICE, trust)  # type: ignore[arg-type]
-
-
-def test_repr_shows_the_node_and_how_much_it_remembers(alice: Prover, bob: Prover) -> None:
-    bob.open(alice.sign(b"", NOW), NOW)
-    assert repr(bob) == f"Prover('{BOB.node_id}', remembered=1)"
 
 
 def test_ids_are_random(alice: Prover) -> None:

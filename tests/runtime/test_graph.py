@@ -209,3 +209,87 @@ def test_all_faults_are_told_at_once() -> None:
         def tell(self, msg: Message[int]) -> None: ...
 
     assert len(faults(Good(), Bad())) == 2
+
+
+class New(Service):
+    name = "new"
+
+    @handles(ASK.next(str, reply=int).next(bytes, reply=int, upgrade=str.encode))
+    async def ask(self, msg: Message[bytes]) -> int:
+        return 0
+
+
+def test_a_gap_between_versions_names_the_handler_that_leaves_it() -> None:
+    [fault] = faults(New())
+    assert fault == (
+        "  service 'new': ask(): Request('x:ask', int, reply=int) has no handler, and no upgrade to version 2"
+    )
+
+
+def test_a_gap_is_closed_by_a_handler_or_an_upgrade() -> None:
+    @handles(ASK)
+    async def old(self: Service, msg: Message[int]) -> int:
+        return 0
+
+    graph = Graph("alice", [named("x", New, old=old)])
+    assert {key: str(route.handlers) for key, route in graph.routes.items()} == {
+        ("x:ask", 1): "(x.old,)",
+        ("x:ask", 2): "(x.ask,)",
+        ("x:ask", 3): "(x.ask,)",
+    }
+    assert graph.requests == ("x:ask",)
+
+
+def test_an_upgraded_request_has_the_reply_of_its_handler() -> None:
+    @handles(ASK.next(str, reply=str, upgrade=str))
+    async def ask(self: Service, msg: Message[str]) -> str:
+        return ""
+
+    assert faults(named("x", ask=ask)) == [
+        (
+            "  service 'x': ask(): Request('x:ask', int, reply=int) is upgraded for this handler, "
+            "whose reply is of Request('x:ask', str, version=2, reply=str)"
+        )
+    ]
+
+
+def test_two_next_versions_of_one_kind_are_two_declarations() -> None:
+    @handles(TELL.next(str, upgrade=str))
+    async def one(self: Service, msg: Message[str]) -> None: ...
+
+    @handles(TELL.next(bytes, upgrade=bytes))
+    async def other(self: Service, msg: Message[bytes]) -> None: ...
+
+    [fault] = faults(named("x", one=one), named("y", other=other))
+    assert fault == (
+        "  service 'y': other(): 'x:tell' is declared as Broadcast('x:tell', bytes, version=2) here, "
+        "and as Broadcast('x:tell', str, version=2) for x.one"
+    )
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_no_service_may_miss_a_version_that_another_one_handles(turned: bool) -> None:
+    """Each message goes to the handlers of its version: a second service would take them from the first."""
+
+    @handles(TELL)
+    async def old(self: Service, msg: Message[int]) -> None: ...
+
+    @handles(TELL.next(str, upgrade=str))
+    async def new(self: Service, msg: Message[str]) -> None: ...
+
+    first, second = named("a", old=old), named("b", new=new)
+    services = [second, first] if turned else [first, second]
+    assert sorted(faults(*services)) == [
+        "  service 'a': old(): 'x:tell' of version 2 is handled by b.new only",
+        "  service 'b': new(): 'x:tell' of version 1 is handled by a.old only",
+    ]
+    Graph("alice", [named("a", old=old, new=new), named("b", old=old, new=new)])
+    Graph("alice", [named("a", new=new), named("b", new=new)])
+
+
+def test_an_older_version_must_be_able_to_travel_too() -> None:
+    @handles(broadcast("x:odd", complex).next(str, upgrade=str))
+    async def odd(self: Service, msg: Message[str]) -> None: ...
+
+    [fault] = faults(named("x", odd=odd))
+    assert fault.startswith("  service 'x': odd(): 'x:odd' cannot travel: complex is not")

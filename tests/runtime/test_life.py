@@ -102,7 +102,7 @@ async def test_every_task_says_whose_it_is() -> None:
         await alice.call(STORE, Store("x"), to="alice")
         names = {task.get_name() for task in asyncio.all_tasks() - {asyncio.current_task()}}
         assert names == {
-            "meshkit:alice:runtime:home",
+            "meshkit:alice:runtime:life",
             "meshkit:alice:stash:worker-1",
             "meshkit:alice:stash:beat",
             "meshkit:alice:stash:named_after_its_function",

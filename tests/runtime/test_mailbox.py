@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, strategies as st
 
 from meshkit.errors import Closed, Overloaded
-from meshkit.runtime.crew import Crew
 from meshkit.runtime.mailbox import Mailbox
+from meshkit.runtime.supervisor import Supervisor
 from meshkit.testing import CancellationPoint, run
 from tests.runtime.nodes import everywhere
 
@@ -23,7 +23,7 @@ def thing(value: Any, size: int = 0, key: object = None) -> Any:
 
 
 class Boxed:
-    """A mailbox with a crew, and a record of what its handler began and ended."""
+    """A mailbox with a supervisor, and a record of what its handler began and ended."""
 
     def __init__(
         self,
@@ -33,11 +33,11 @@ class Boxed:
         max_concurrent: int = 3,
         handler: Handler | None = None,
     ) -> None:
-        self.crew = Crew("meshkit:alice:x", lambda *_: None)
+        self.supervisor = Supervisor("meshkit:alice:x", lambda *_: None)
         self.box: Mailbox[Any] = Mailbox(
             "mailbox",
             self._run,
-            self.crew.spawn,
+            self.supervisor.spawn,
             max_mailbox=max_mailbox,
             max_bytes=max_bytes,
             max_concurrent=max_concurrent,
@@ -59,7 +59,7 @@ class Boxed:
 
     async def end(self) -> None:
         self.box.close()
-        assert await self.crew.end(1.0) == []
+        assert await self.supervisor.end(1.0) == []
 
 
 async def test_items_begin_in_order_and_run_at_the_same_time_up_to_the_limit() -> None:
@@ -114,7 +114,7 @@ async def test_an_idle_mailbox_keeps_one_worker_and_an_unused_one_none() -> None
 
 
 def len_of(boxed: Boxed) -> int:
-    return sum(task in boxed.crew for task in asyncio.all_tasks())
+    return sum(task in boxed.supervisor for task in asyncio.all_tasks())
 
 
 async def test_workers_have_names() -> None:

@@ -163,3 +163,15 @@ def test_it_says_what_it_is() -> None:
 def test_a_transport_needs_a_hub(hub: Any) -> None:
     with pytest.raises(TypeError, match="hub must be a MemoryHub, which the nodes of a mesh share, not"):
         MemoryTransport(hub)
+
+
+async def test_closing_an_old_transport_does_not_take_down_who_has_its_name_now() -> None:
+    hub = MemoryHub()
+    [old], _ = await joined(hub, "alice")
+    hub.leave("alice")
+    hub.leave("alice")
+    [new, _], [_, bob] = await joined(hub, "alice", "bob")
+    await old.close()
+    assert (hub.nodes, bob.gone) == (("alice", "bob"), [])
+    await new.close()
+    assert (hub.nodes, bob.gone) == (("bob",), ["alice"])

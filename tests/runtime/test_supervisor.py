@@ -4,7 +4,7 @@ import contextvars
 import pytest
 from hypothesis import given, strategies as st
 
-from meshkit.runtime.crew import Crew, Restarts
+from meshkit.runtime.supervisor import Restarts, Supervisor
 from meshkit.testing import CancellationPoint
 from tests.runtime.nodes import everywhere
 
@@ -40,11 +40,13 @@ def test_a_task_that_always_fails_at_once_reaches_the_limit(max_restarts: int, w
 
 
 class Supervised:
-    """A crew, what was told of its failures, and when."""
+    """A supervisor, what was told of its failures, and when."""
 
     def __init__(self) -> None:
         self.failures: list[tuple[str, str, float | None]] = []
-        self.crew = Crew("meshkit:alice:x", lambda what, error, delay: self.failures.append((what, str(error), delay)))
+        self.supervisor = Supervisor(
+            "meshkit:alice:x", lambda what, error, delay: self.failures.append((what, str(error), delay))
+        )
 
 
 async def test_a_task_that_returns_is_done() -> None:
@@ -53,11 +55,11 @@ async def test_a_task_that_returns_is_done() -> None:
     async def once() -> None:
         await asyncio.sleep(1)
 
-    task = supervised.crew.supervise(once, "once", Restarts(1, 60.0))
+    task = supervised.supervisor.supervise(once, "once", Restarts(1, 60.0))
     assert task.get_name() == "meshkit:alice:x:once"
-    assert task in supervised.crew
+    assert task in supervised.supervisor
     await task
-    assert task not in supervised.crew
+    assert task not in supervised.supervisor
     assert supervised.failures == []
 
 
@@ -69,7 +71,7 @@ async def test_a_task_that_fails_runs_again_later_and_later_and_then_no_more() -
         begun.append(round(asyncio.get_running_loop().time(), 6))
         raise ValueError(f"failure {len(begun)}")
 
-    await supervised.crew.supervise(failing, "failing", Restarts(3, 60.0))
+    await supervised.supervisor.supervise(failing, "failing", Restarts(3, 60.0))
     assert begun == [0, 0.1, 0.3, 0.7]
     assert supervised.failures == [
         ("failing", "failure 1", pytest.approx(0.1)),
@@ -91,14 +93,14 @@ async def test_a_task_that_recovers_starts_counting_anew() -> None:
         await asyncio.sleep(30)
         raise ValueError
 
-    await supervised.crew.supervise(failing_now_and_then, "x", Restarts(2, 60.0))
+    await supervised.supervisor.supervise(failing_now_and_then, "x", Restarts(2, 60.0))
     assert runs == 10
     assert {delay for _, _, delay in supervised.failures} <= {0.1, 0.2}
 
 
 async def test_a_supervised_task_may_be_cancelled_and_is_not_restarted() -> None:
     supervised = Supervised()
-    task = supervised.crew.supervise(lambda: asyncio.sleep(1000), "sleep", Restarts(3, 60.0))
+    task = supervised.supervisor.supervise(lambda: asyncio.sleep(1000), "sleep", Restarts(3, 60.0))
     await asyncio.sleep(1)
     task.cancel()
     await asyncio.wait([task])
@@ -114,7 +116,7 @@ async def test_a_task_in_which_something_else_was_cancelled_has_failed() -> None
         future.cancel()
         await future
 
-    await supervised.crew.supervise(awaits_what_is_cancelled, "x", Restarts(2, 60.0))
+    await supervised.supervisor.supervise(awaits_what_is_cancelled, "x", Restarts(2, 60.0))
     assert [delay for _, _, delay in supervised.failures] == [0.1, 0.2, None]
 
 
@@ -125,12 +127,12 @@ async def test_tasks_run_in_the_context_of_the_crew() -> None:
         seen.append(VARIABLE.get())
         VARIABLE.set("changed by a task")
 
-    VARIABLE.set("crew")
-    crew = Supervised().crew
+    VARIABLE.set("supervisor")
+    supervisor = Supervised().supervisor
     VARIABLE.set("causer")
-    await crew.spawn(look, "look")
-    await crew.spawn(look, "look")
-    assert seen == ["crew", "crew"]
+    await supervisor.spawn(look, "look")
+    await supervisor.spawn(look, "look")
+    assert seen == ["supervisor", "supervisor"]
 
 
 async def test_the_end_cancels_all_and_waits_for_them() -> None:
@@ -143,11 +145,11 @@ async def test_the_end_cancels_all_and_waits_for_them() -> None:
             await asyncio.sleep(seconds)
             ended.append(f"after {seconds}")
 
-    crew = Supervised().crew
+    supervisor = Supervised().supervisor
     for seconds in (1, 2, 4):
-        crew.spawn(lambda seconds=seconds: slow_to_end(seconds), "slow")  # type: ignore[misc]  # bound for each
+        supervisor.spawn(lambda seconds=seconds: slow_to_end(seconds), "slow")  # type: ignore[misc]  # bound for each
     await asyncio.sleep(0)
-    assert await crew.end(10.0) == []
+    assert await supervisor.end(10.0) == []
     assert ended == ["after 1", "after 2", "after 4"]
     assert asyncio.get_running_loop().time() == 4
 
@@ -165,11 +167,11 @@ async def test_a_task_that_ignores_its_cancellation_is_cancelled_again_and_then_
                 if not (times := times - 1):
                     return
 
-    crew = Supervised().crew
-    crew.spawn(lambda: stubborn(2), "gives in")
-    task = crew.spawn(lambda: stubborn(3), "stubborn")
+    supervisor = Supervised().supervisor
+    supervisor.spawn(lambda: stubborn(2), "gives in")
+    task = supervisor.spawn(lambda: stubborn(3), "stubborn")
     await asyncio.sleep(0)
-    assert await crew.end(10.0) == ["meshkit:alice:x:stubborn"]
+    assert await supervisor.end(10.0) == ["meshkit:alice:x:stubborn"]
     assert ignored == 4
     assert asyncio.get_running_loop().time() == 10
     task.cancel()
@@ -177,10 +179,10 @@ async def test_a_task_that_ignores_its_cancellation_is_cancelled_again_and_then_
 
 
 async def test_after_the_end_nothing_begins() -> None:
-    crew = Supervised().crew
-    assert await crew.end(1.0) == []
+    supervisor = Supervised().supervisor
+    assert await supervisor.end(1.0) == []
     with pytest.raises(RuntimeError, match="meshkit:alice:x:late cannot begin: its service has stopped"):
-        crew.supervise(lambda: asyncio.sleep(0), "late", Restarts(1, 1.0))
+        supervisor.supervise(lambda: asyncio.sleep(0), "late", Restarts(1, 1.0))
 
 
 def test_a_supervised_task_can_be_cancelled_anywhere() -> None:
@@ -189,12 +191,12 @@ def test_a_supervised_task_can_be_cancelled_anywhere() -> None:
             await asyncio.sleep(1)
             raise ValueError
 
-        crew = Supervised().crew
+        supervisor = Supervised().supervisor
 
         async def supervised() -> None:
-            await crew.supervise(failing, "x", Restarts(2, 60.0))
+            await supervisor.supervise(failing, "x", Restarts(2, 60.0))
 
         await point.cancel(supervised())
-        assert await crew.end(1.0) == []
+        assert await supervisor.end(1.0) == []
 
     everywhere(scenario)

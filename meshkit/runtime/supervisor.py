@@ -1,4 +1,4 @@
-"""Crews: the tasks of one service. They have names, are restarted when they fail, and end together."""
+"""Supervisors: the tasks of one service. They have names, are restarted when they fail, and end together."""
 
 import asyncio
 import contextvars
@@ -8,7 +8,7 @@ from typing import Any
 
 from meshkit import _time
 
-__all__ = ["Crew", "Restarts", "begin", "take_back_cancellations", "was_cancelled"]
+__all__ = ["Restarts", "Supervisor", "begin", "take_back_cancellations", "was_cancelled"]
 
 
 class Restarts:
@@ -35,10 +35,10 @@ class Restarts:
         return min(self.FIRST_DELAY * 2.0 ** (len(self._at) - 1), self._window / (2 * self._max))
 
 
-class Crew:
+class Supervisor:
     """The tasks of one service, each named `<prefix>:<what>`.
 
-    They run in the context in which the crew was made, not in that of whoever happens to cause them.
+    They run in the context in which the supervisor was made, not in that of whoever happens to cause them.
     `on_failure(what, error, delay)` is told each failure of a supervised task; the delay is None when it was the last.
     """
 

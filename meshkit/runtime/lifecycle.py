@@ -1,0 +1,134 @@
+"""Lifecycles: what is started and stopped from any tasks, again and again, and lives one life at a time."""
+
+import asyncio
+from collections.abc import Coroutine
+from types import TracebackType
+from typing import Any, Self
+
+from meshkit._time import running_loop
+from meshkit.errors import Closed
+from meshkit.runtime.life import Life
+from meshkit.runtime.service import ServiceFailed
+
+__all__ = ["Lifecycle"]
+
+
+class Lifecycle:
+    """The part of a `Runtime` that starts and stops it: `async with`, or `start` and `stop`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._life: Life | None = None  # the present run, or the last one
+        self._body: asyncio.Task[object] | None = None  # the task inside `async with`
+        self._body_cancelled = False
+
+    def _new_life(self) -> Life:
+        raise NotImplementedError
+
+    @property
+    def _state(self) -> str:
+        life = self._life
+        if life is None:
+            return "not started"
+        if life.ended:
+            return "stopped"
+        if not life.is_open:
+            return "starting"
+        return "draining" if life.router.intake.draining else "running"
+
+    def _running(self) -> Life:
+        life = self._life
+        if life is None:
+            raise RuntimeError(f"node {self.name!r} is not running: use `async with`, or `await rt.start()`")
+        if life.over:
+            raise Closed(name=f"node {self.name!r}") from life.failure
+        self._require_its_loop(life)
+        return life
+
+    def _require_its_loop(self, life: Life) -> None:
+        if running_loop() is not life.loop:
+            raise RuntimeError(
+                f"node {self.name!r} runs on another event loop: await it there; from other threads, "
+                "through anyio.from_thread or asyncio.run_coroutine_threadsafe"
+            )
+
+    async def start(self) -> None:
+        """Start the services in order; return when all are ready. Where one fails, those that had started are stopped.
+
+        Cancelled meanwhile, it undoes what it had done before it passes that on.
+
+        Raises:
+            ValueError: Something is declared wrongly; the message names every fault.
+            ServiceFailed: A service failed to start, or took too long; `__cause__` says why.
+            Exception: What the transport raised.
+        """
+        if self._life is not None and not self._life.ended:
+            raise RuntimeError(f"node {self.name!r} is {self._state} already")
+        self._life = self._new_life()
+        await self._told(self._life.open())
+
+    async def stop(self) -> None:
+        """Stop, and return when everything has ended. Harmless where it does not run.
+
+        The other nodes are told first, and given a second at most to say that they know: so nothing is lost that they
+        had just sent. Their requests are refused with `Draining`; handlers have `grace` seconds to finish what was
+        accepted, then they are cancelled; services stop in reverse order; calls that still wait fail with `Closed`.
+
+        Cancelled meanwhile, it hurries: what it is doing is cut short, and when everything has ended, the cancellation
+        is passed on. Called by a handler or background task of its own it does not wait: it would wait for itself.
+
+        Raises:
+            ServiceFailed: A background task had failed too often, or the `stop` of a service failed.
+        """
+        life = self._life
+        if life is None or life.need_not_close:
+            return
+        self._require_its_loop(life)
+        if life.owns(asyncio.current_task()):
+            life.ask_to_close()
+        else:
+            await self._told(life.close())
+
+    async def wait(self) -> None:
+        """Wait until it has stopped, for whatever reason.
+
+        Raises:
+            ServiceFailed: It stopped because a background task failed too often.
+            RuntimeError: It was never started.
+        """
+        if self._life is None:
+            raise RuntimeError(f"node {self.name!r} is not running")
+        self._require_its_loop(self._life)
+        await self._told(self._life.wait())
+
+    async def _told(self, end: Coroutine[Any, Any, None]) -> None:
+        """Await `end`; each one who is told about a failure gets an error of their own."""
+        failure: ServiceFailed | None = None
+        try:
+            await end
+        except ServiceFailed as error:
+            failure = error
+        if failure is not None:  # outside of `except`: its context is what the body of `async with` raised
+            fresh = ServiceFailed(node=failure.node, service=failure.service, what=failure.what)
+            raise fresh from failure.__cause__
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        self._body = asyncio.current_task()
+        if self._life is not None and self._life.failure is not None:
+            self._cancel_body()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        body, self._body = self._body, None
+        cancelled, self._body_cancelled = self._body_cancelled, False
+        if cancelled and body is asyncio.current_task() and body is not None:
+            body.uncancel()
+        await self.stop()
+
+    def _cancel_body(self) -> None:
+        """End the body of `async with`, if the task that entered it still runs: its runtime has failed."""
+        if self._body is not None and not self._body.done():
+            self._body_cancelled = self._body.cancel()

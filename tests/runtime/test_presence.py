@@ -1,0 +1,293 @@
+"""Presence: who is up, what they handle, and what comes of it when they go."""
+
+import asyncio
+import math
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, strategies as st
+
+from meshkit.errors import CallTimeout, PeerLost, Unreachable
+from meshkit.events import Event
+from meshkit.runtime import Peer, PeerGone, PeerUp
+from meshkit.runtime.presence import Presence
+from meshkit.runtime.wire import Beat, Goodbye, Tell, encode_payload
+from meshkit.testing import run
+from meshkit.transports import MemoryHub
+from tests.runtime.nodes import SLEEP, STORE, TEASE, Node, Stash, Store, mesh, plain
+from tests.runtime.test_messages import balanced, settle
+
+KINDS = ("stash:odd", "stash:sleep", "stash:store")
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def beat(name: str = "bob", every: float = 1.0, **options: Any) -> Beat:
+    return Beat(name, ("x:y",), every, **options)
+
+
+# --- the core
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("hfs"), st.floats(0.01, 20), st.floats(0, 30))))
+def test_who_is_up_is_who_was_heard_of_lately(steps: list[tuple[str, str, float, float]]) -> None:
+    presence, model, silent, time = Presence(), dict[str, float](), set[str](), 0.0
+    for node, step, every, later in steps:
+        time += later
+        if step == "h":
+            model[node] = time + 3.5 * every
+            silent.discard(node)
+            assert presence.heard(node, beat(node, every), time) == model[node]
+        elif step == "f":
+            assert presence.forget(node) is (model.pop(node, None) is not None)
+            silent.discard(node)
+        else:
+            gone = {node for node, until in model.items() if until <= time}
+            assert set(presence.fallen_silent(time)) == gone
+            silent |= gone
+            model = {node: until for node, until in model.items() if node not in gone}
+        assert presence.peers.keys() == model.keys()
+        assert presence.silent.keys() == silent
+        assert presence.wake_at() == min(model.values(), default=math.inf)
+
+
+@pytest.mark.parametrize("every", [math.nan, math.inf, -math.inf, 0.0, -1.0, 1e300])
+def test_whatever_a_node_claims_it_is_found_silent_some_day(every: float) -> None:
+    presence = Presence()
+    until = presence.heard("bob", beat(every=every), 5.0)
+    assert until == 5 + Presence.PATIENCE * Presence.LONGEST
+    assert presence.fallen_silent(math.nextafter(until, 0)) == []
+    assert presence.fallen_silent(until) == ["bob"]
+
+
+def test_no_more_nodes_are_heard_or_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Presence, "MAX_PEERS", 3)
+    presence = Presence()
+    assert [presence.heard(node, beat(), 0.0) for node in "abcd"] == [3.5, 3.5, 3.5, math.inf]
+    assert presence.heard("a", beat(), 1.0) == 4.5, "who is known is heard"
+    assert [*presence.peers] == ["a", "b", "c"]
+    assert presence.fallen_silent(9.0) == ["a", "b", "c"]
+    presence.heard("d", beat(), 9.0)
+    assert presence.fallen_silent(99.0) == ["d"]
+    assert [*presence.silent] == ["b", "c", "d"]
+
+
+# --- nodes
+
+
+class Told:
+    """An observer that remembers who came and went."""
+
+    def __init__(self) -> None:
+        self.news: list[Event] = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, PeerUp | PeerGone):
+            self.news.append(event)
+
+
+async def test_nodes_that_meet_know_each_other_by_name_and_by_what_they_handle() -> None:
+    told = Told()
+    hub = MemoryHub()
+    async with Node("alice", Stash(), hub=hub, observer=told) as alice:
+        async with Node("bob", hub=hub) as bob:
+            await settle()
+            assert alice.peers == {"bob": Peer("bob", "bob")}
+            assert bob.peers == {"alice": Peer("alice", "alice", KINDS)}
+        assert alice.peers == {}
+        assert told.news == [
+            PeerUp(Peer("bob", "bob")),
+            PeerUp(Peer("bob", "bob", draining=True)),
+            PeerGone("bob", "it said goodbye"),
+        ]
+    assert alice.peers == {}
+    assert bob.peers == {}
+
+
+async def test_a_node_is_announced_when_its_services_are_ready_and_not_before() -> None:
+    class Slow(Stash):
+        async def start(self) -> None:
+            await asyncio.sleep(5)
+
+    async with mesh("alice") as (hub, [alice], _):
+        bob = Node("bob", Slow(), hub=hub)
+        starting = asyncio.create_task(bob.start())
+        await asyncio.sleep(4)
+        assert alice.peers == {"bob": Peer("bob", "bob")}
+        await starting
+        await settle()
+        assert alice.peers["bob"].kinds == KINDS
+        await bob.stop()
+
+
+async def test_a_name_is_a_label_that_several_may_bear() -> None:
+    async with mesh("alice") as (hub, [alice], _):
+        for node in ("k1", "k2"):
+            hub.send(node, "alice", plain(beat("bob")))
+        assert [alice.peers.get(node) for node in ("k1", "k2")] == [
+            Peer(node, "bob", ("x:y",)) for node in ("k1", "k2")
+        ]
+        hub.send("k1", "alice", plain(Goodbye()))
+        assert [*alice.peers] == ["k2"]
+
+
+async def test_a_silent_node_fails_its_pending_calls_at_once_and_is_asked_no_more_until_it_is_heard() -> None:
+    told = Told()
+    hub, stash = MemoryHub(), Stash()
+    async with (
+        Node("alice", stash, hub=hub, heartbeat=60.0, observer=told) as alice,
+        Node("bob", Stash(), hub=hub, heartbeat=2.0) as bob,
+    ):
+        await asyncio.sleep(1)
+        asked = asyncio.create_task(alice.call(SLEEP, 100.0, to="bob", timeout=200))
+        asking = asyncio.create_task(bob.call(SLEEP, 100.0, to="alice", timeout=200))
+        await settle()
+        hub.silence("bob")
+        with pytest.raises(PeerLost) as caught:
+            await asked
+        assert caught.value.executed == "maybe"
+        assert now() == 7, "3.5 of its own intervals, and not of ours"
+        await settle()
+        assert stash.cancelled == [100.0], "for whom it worked"
+        assert alice.peers == {}
+        assert told.news[-1] == PeerGone("bob", "it has fallen silent")
+        for verb in (alice.call(STORE, Store("x"), to="bob"), alice.emit(TEASE, "x", to="bob")):
+            with pytest.raises(Unreachable):
+                await verb
+        hub.heal()
+        await asyncio.sleep(2)
+        assert alice.peers["bob"].kinds == KINDS
+        assert (await alice.call(STORE, Store("x"), to="bob")).size == 0
+        asking.cancel()
+        await asyncio.wait([asking])
+
+
+async def test_a_node_of_which_anything_is_heard_is_not_silent_any_more() -> None:
+    async with mesh("alice", "bob") as (hub, [alice, _], _):
+        await settle()
+        hub.silence("bob")
+        await asyncio.sleep(8)
+        hub.heal()
+        with pytest.raises(Unreachable, match="it has fallen silent"):
+            await alice.call(STORE, Store("x"), to="bob")
+        hub.send("bob", "alice", plain(Tell("5f", "social:tease", 1, 0.0, encode_payload("x"))))
+        assert (await alice.call(STORE, Store("x"), to="bob")).size == 0
+
+
+async def test_nobody_is_taken_for_silent_while_it_beats() -> None:
+    told = Told()
+    async with mesh("alice", "bob", "carol", observer=told) as (_, nodes, _):
+        await asyncio.sleep(1000)
+        assert all(len(node.peers) == 2 for node in nodes)
+        assert not [event for event in told.news if isinstance(event, PeerGone)]
+
+
+async def test_a_node_that_started_again_unnoticed_fails_what_its_former_self_was_asked() -> None:
+    """On a transport that does not tell: nobody said goodbye, no connection was lost."""
+    told = Told()
+    async with mesh("alice", observer=told) as (hub, [alice], [stash]):
+        hub.join("bob", cast("Any", Deaf()))
+        hub.send("bob", "alice", plain(beat(greets=True)))
+        asked = asyncio.create_task(alice.call(SLEEP, 1.0, to="bob", timeout=100))
+        await settle()
+        hub.send("bob", "alice", plain(beat()))
+        await settle()
+        assert not asked.done(), "a sign of life like any other"
+        hub.send("bob", "alice", plain(beat(greets=True)))
+        with pytest.raises(PeerLost):
+            await asked
+        assert now() == pytest.approx(0.002)
+        assert "bob" in alice.peers
+        assert [type(event) for event in told.news] == [PeerUp, PeerGone, PeerUp]
+        assert stash.begun == []
+
+
+class Deaf:
+    """A node that takes everything and does nothing."""
+
+    def received(self, sender: str, frame: bytes) -> None:
+        """Take it."""
+
+    def lost(self, node: str) -> None:
+        """Take note."""
+
+
+async def test_a_node_of_the_same_name_that_starts_after_another_is_a_node_like_any_other() -> None:
+    async with mesh("alice") as (hub, [alice], _):
+        for _ in range(3):
+            async with Node("bob", Stash(), hub=hub):
+                await settle()
+                assert alice.peers == {"bob": Peer("bob", "bob", KINDS)}
+                assert (await alice.call(STORE, Store("x"), to="bob")).size == 0
+            assert alice.peers == {}
+
+
+async def test_a_node_that_goes_without_goodbye_and_comes_again_was_lost_in_between() -> None:
+    async with mesh("alice", "bob") as (hub, [alice, bob], _):
+        await settle()
+        asked = asyncio.create_task(alice.call(SLEEP, 100.0, to="bob", timeout=200))
+        await settle()
+        receiver = cast("Any", bob)._life.router.intake
+        hub.leave("bob")
+        hub.join("bob", receiver)
+        with pytest.raises(PeerLost):
+            await asked
+        await asyncio.sleep(2)
+        assert alice.peers["bob"].kinds == KINDS
+        assert (await alice.call(STORE, Store("x"), to="bob")).size == 0
+
+
+# --- opting out
+
+
+async def test_a_node_without_a_heartbeat_is_heard_of_by_nobody_but_hears_the_others() -> None:
+    hub = MemoryHub()
+    async with Node("alice", Stash(), hub=hub, heartbeat=None) as alice, Node("bob", Stash(), hub=hub) as bob:
+        await settle()
+        assert bob.peers == {"alice": Peer("alice", "alice")}, "the transport knows it"
+        assert alice.peers["bob"].kinds == KINDS
+        asked = asyncio.create_task(alice.call(SLEEP, 100.0, to="bob", timeout=200))
+        await settle()
+        hub.silence("bob")
+        with pytest.raises(PeerLost):
+            await asked
+        assert now() == 7
+        hub.heal()
+        await bob.call(STORE, Store("x"), to="alice")
+        hub.silence("alice")
+        with pytest.raises(CallTimeout):
+            await bob.call(STORE, Store("x"), to="alice", timeout=50)
+        hub.heal()
+
+
+async def test_where_nobody_has_a_heartbeat_there_is_no_timer_and_calls_work_all_the_same() -> None:
+    async with mesh("alice", "bob", heartbeat=None) as (_, [alice, bob], _):
+        timers = cast("Any", asyncio.get_running_loop())._scheduled
+        assert [timer for timer in timers if not timer.cancelled()] == []
+        assert (await alice.call(STORE, Store("x"), to="bob")).size == 0
+        asked = asyncio.create_task(alice.call(SLEEP, 100.0, to="bob", timeout=200))
+        await settle()
+        bob.grace = 0
+        await bob.stop()
+        assert isinstance((await asyncio.gather(asked, return_exceptions=True))[0], PeerLost)
+        assert alice.peers == {}
+        assert balanced(alice)
+
+
+@pytest.mark.parametrize("heartbeat", [0, -1, math.nan, math.inf, "1"])
+def test_a_heartbeat_is_a_number_of_seconds(heartbeat: Any) -> None:
+    with pytest.raises((ValueError, TypeError), match="heartbeat must be"):
+        Node("alice", heartbeat=heartbeat)
+
+
+def test_a_node_that_has_stopped_has_no_timer_left() -> None:
+    async def main() -> None:
+        hub = MemoryHub()
+        async with Node("alice", hub=hub), Node("bob", hub=hub):
+            await asyncio.sleep(10)
+            hub.silence("bob")
+            await asyncio.sleep(3)
+
+    run(main)  # which fails if any is
