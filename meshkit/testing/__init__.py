@@ -1,4 +1,4 @@
-"""What meshkit is tested with, for yours: virtual time, cancellation at every await, transports, bad networks, one node."""
+"""What meshkit is tested with, for your own tests: virtual time, cancellation, one node, transports, bad networks."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,24 @@
 """The transport over TCP: what a small mesh runs on, with nothing installed.
 
-    async with Runtime("alice", [Stash()], identity=Identity.load_or_create("alice.key"), trust={BOB, CAROL},
-                       transport=TcpTransport("0.0.0.0:7001", join=["bob.example:7001"])) as rt:
-        ...
+>>> import asyncio
+>>> from meshkit.runtime import Identity, Message, Runtime, Service, handles, request
+>>> UPPER = request("text:upper", str, reply=str)
+>>> class Text(Service):
+...     name = "text"
+...
+...     @handles(UPPER)
+...     async def upper(self, msg: Message[str]) -> str:
+...         return msg.payload.upper()
+>>> async def main():
+...     one, other = TcpTransport("127.0.0.1:0"), Identity.generate()
+...     async with Runtime("bob", [Text()], identity=Identity.generate(), transport=one) as bob:
+...         transport = TcpTransport(join=[one.address])
+...         async with Runtime("alice", identity=other, transport=transport) as alice:
+...             while bob.node not in alice.peers:
+...                 await asyncio.sleep(0.01)
+...             return await alice.call(UPPER, "boo", to=bob.node)
+>>> asyncio.run(main())
+'BOO'
 
 Each node has one connection to each other, whoever made it. They tell each other where they listen, so that one join
 address is enough to find everyone. What is sent is sealed by the runtime; TLS also hides who talks to whom.

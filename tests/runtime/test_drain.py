@@ -289,8 +289,7 @@ async def test_a_goodbye_is_the_last_that_is_heard_of_a_node() -> None:
 
         def found(self, node: str) -> None: ...
 
-    def lost(self, node: str) -> None:
-        pass
+        def lost(self, node: str) -> None: ...
 
     async with mesh("bob") as (hub, [bob], _):
         hub.join("zoe", Listens())
