@@ -89,8 +89,9 @@ class TcpTransport:
 
     @property
     def exposed(self) -> bool:
-        """Whether other machines can reach it."""
-        return self._listen is not None and not self._listen.is_loopback
+        """Whether it listens where other machines can reach it, or is to join a mesh beyond this machine."""
+        ours = [*([] if self._listen is None else [self._listen]), *self._join]
+        return not all(address.is_loopback for address in ours)
 
     @property
     def address(self) -> str | None:

@@ -52,6 +52,11 @@ def test_it_is_exposed_where_other_machines_can_reach_it() -> None:
     assert TcpTransport("0.0.0.0:7001").exposed
     assert TcpTransport("10.1.2.3:7001").exposed
     assert TcpTransport("bob.example:7001").exposed
+
+
+def test_it_is_exposed_where_it_joins_a_mesh_beyond_this_machine() -> None:
+    assert not TcpTransport(join=["127.0.0.1:7001", "localhost:7002"]).exposed
+    assert TcpTransport("127.0.0.1:0", join=["127.0.0.1:7001", "bob.example:7001"]).exposed
     assert not TcpTransport.in_process
 
 
