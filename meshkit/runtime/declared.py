@@ -47,7 +47,12 @@ class Declared(Generic[T]):
 
 
 def _checkable(declared: object) -> Any:
-    """Return what `isinstance` can check `declared` by: list for list[int]; object, where nothing can."""
+    """Return what `isinstance` can check `declared` by: list for list[int]; object, where nothing can.
+
+    An int will do for a float, as it does for type checkers.
+    """
+    if declared is float:
+        return (float, int)
     for candidate in (declared, typing.get_origin(declared)):
         if isinstance(candidate, type) and candidate not in {Any, types.UnionType, typing.Annotated}:
             with contextlib.suppress(TypeError):  # parametrised, or a protocol: not for isinstance

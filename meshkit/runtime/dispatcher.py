@@ -23,12 +23,10 @@ from meshkit.runtime.mailboxes import Mailboxes
 from meshkit.runtime.message import Message
 from meshkit.runtime.service import Reject, Service
 from meshkit.runtime.stages import Continue, settle
-from meshkit.runtime.supervisor import Supervisor, take_back_cancellations
+from meshkit.runtime.supervisor import ENDS_THE_PROCESS, Supervisor, take_back_cancellations
 from meshkit.runtime.wire import Failure, Reply, encode_payload, refusal
 
 __all__ = ["Dispatcher"]
-
-_ENDS_THE_PROCESS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 
 
 class Dispatcher:
@@ -179,7 +177,7 @@ class Dispatcher:
             return self.failures.failed(delivery, error)
         except asyncio.CancelledError as error:
             self._interrupted(delivery, error)
-        except _ENDS_THE_PROCESS:
+        except ENDS_THE_PROCESS:
             raise
         except BaseException as error:  # noqa: BLE001 - it would end the worker, and nobody would learn of it
             self.failures.give_up(delivery, RuntimeError(f"it raised {type(error).__name__}"), error)
@@ -216,7 +214,7 @@ class Dispatcher:
                 raise
             answer = Failure(message.id, "cut" if handler.mailbox.closed else "failed", code="internal")
             self._interrupted(delivery, error)
-        except _ENDS_THE_PROCESS:
+        except ENDS_THE_PROCESS:
             raise
         except BaseException as error:  # noqa: BLE001 - it would end the worker, and nobody would be answered
             self.failures.give_up(delivery, RuntimeError(f"it raised {type(error).__name__}"), error)

@@ -16,7 +16,7 @@ from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.router import Router
 from meshkit.runtime.service import Service, ServiceFailed
-from meshkit.runtime.supervisor import Supervisor, begin, take_back_cancellations
+from meshkit.runtime.supervisor import ENDS_THE_PROCESS, Supervisor, begin, take_back_cancellations
 from meshkit.runtime.transport import Alone, Transport
 from meshkit.runtime.wire import Beat
 
@@ -49,6 +49,7 @@ class Life:
         self._transport = transport
         self._prover = prover
         self._log = runtime.log("runtime")
+        self._interrupt: BaseException | None = None  # ends the process, which came while this was ending
         self._grace_until = 0.0  # there is none but for a stop that was asked for
         self._on_failure = on_failure
         self._end_of_log = end_of_log
@@ -162,6 +163,8 @@ class Life:
             failed = error
             self._cut_short()
         await self._end()
+        if self._interrupt is not None:
+            raise self._interrupt
         if self.failure is not None and (failed is None or isinstance(failed, asyncio.CancelledError)):
             raise self.failure
         if failed is not None:
@@ -255,9 +258,13 @@ class Life:
         except asyncio.CancelledError:
             self._cut_short()
             log.warning("node %r stops: %s was cut short", self._name, what)
-        except Exception as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:
             log.exception("node %r stops: %s failed", self._name, what)
-            if self.failure is None and service is not None:
+            if isinstance(error, ENDS_THE_PROCESS):
+                self._interrupt = error  # when all has ended
+            elif self.failure is None and service is not None:
                 self.failure = self._failed(service, what)
                 self.failure.__cause__ = error
 

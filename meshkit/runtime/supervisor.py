@@ -8,7 +8,10 @@ from typing import Any
 
 from meshkit import _time
 
-__all__ = ["Restarts", "Supervisor", "begin", "take_back_cancellations", "was_cancelled"]
+__all__ = ["ENDS_THE_PROCESS", "Restarts", "Supervisor", "begin", "take_back_cancellations", "was_cancelled"]
+
+ENDS_THE_PROCESS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+"""What passes through everything. Any other error, also if it is no `Exception`, is a failure of who raised it."""
 
 
 class Restarts:
@@ -71,19 +74,22 @@ class Supervisor:
     def supervise(
         self, run: Callable[[], Coroutine[Any, Any, object]], what: str, restarts: Restarts
     ) -> "asyncio.Task[None]":
-        """Run `run()` in a task of its own, again when it raises, until it returns or `restarts` has no more."""
+        """Run `run()` in a task of its own, again when it raises, until it returns or `restarts` has no more.
+
+        What it raises when it has been cancelled, it raises to whoever awaits the task: it does not run again.
+        """
 
         async def supervised() -> None:
             while True:
                 try:
                     await run()
                     return
-                except asyncio.CancelledError as error:
+                except ENDS_THE_PROCESS:
+                    raise
+                except BaseException as error:
                     if was_cancelled():
                         raise
-                    failure: BaseException = error  # it awaited something else that was cancelled
-                except Exception as error:  # noqa: BLE001 - whatever a background task raises is its failure
-                    failure = error
+                    failure = error  # a CancelledError, too: it awaited something else that was cancelled
                 delay = restarts.delay(_time.now())
                 self._on_failure(what, failure, delay)
                 if delay is None:

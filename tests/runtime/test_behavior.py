@@ -302,3 +302,11 @@ def test_a_behavior_with_every_option_is_hashable_and_equal_to_its_like() -> Non
     assert made() == made()
     assert len({made(), made(), made().next(str), made().next(str)}) == 2
     assert pickle.loads(pickle.dumps(made())) == made()
+
+
+def test_an_int_will_do_for_a_float_as_for_type_checkers() -> None:
+    kind = request("a", float, reply=float)
+    kind.check(1)
+    kind.check_reply(2)
+    with pytest.raises(TypeError, match="must be float, not str"):
+        kind.check("1")

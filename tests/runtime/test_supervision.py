@@ -287,3 +287,77 @@ async def test_two_runtimes_in_one_loop_know_nothing_of_each_other() -> None:
         await second.call(STORE, Store("second"), to="alice")
         assert (one.begun, two.begun) == (["first"], ["second"])
         assert (first.peers, second.peers) == ({}, {})
+
+
+class Stubborn(Service):
+    """Its background task raises as it is cancelled."""
+
+    name = "stubborn"
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    async def start(self) -> None:
+        self.task = self.spawn(self.work)
+
+    async def work(self) -> None:
+        self.begun += 1
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            raise OSError("the disk is full")
+
+
+async def test_a_task_that_raises_as_it_is_cancelled_does_not_run_again() -> None:
+    service = Stubborn()
+    async with Node("alice", service):
+        await asyncio.sleep(1)
+    await asyncio.sleep(100)
+    assert service.begun == 1
+    assert isinstance(service.task.exception(), OSError)
+
+
+async def test_one_that_somebody_cancels_tells_them_what_it_raised() -> None:
+    service = Stubborn()
+    async with Node("alice", service):
+        await asyncio.sleep(1)
+        service.task.cancel()
+        with pytest.raises(OSError, match="the disk is full"):
+            await service.task
+        await asyncio.sleep(100)
+        assert service.begun == 1
+
+
+async def test_a_stop_that_raises_what_is_no_exception_leaves_nothing_behind() -> None:
+    class Odd(Service):
+        name = "odd"
+
+        async def stop(self) -> None:
+            raise BaseExceptionGroup("odd", [BaseException("odd")])
+
+    hub = MemoryHub()
+    node = Node("alice", Odd(), hub=hub)
+    with pytest.raises(ServiceFailed) as caught:
+        async with node:
+            pass
+    assert isinstance(caught.value.__cause__, BaseExceptionGroup)
+    assert hub.nodes == ()
+    assert "stop() failed" in node.logged
+
+
+def test_an_interrupt_while_it_stops_ends_the_program_when_all_has_ended() -> None:
+    class Interrupted(Service):
+        name = "interrupted"
+
+        async def stop(self) -> None:
+            raise KeyboardInterrupt
+
+    hub = MemoryHub()
+
+    async def main() -> None:
+        async with Node("alice", Interrupted(), hub=hub):
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(main())
+    assert hub.nodes == ()
