@@ -208,7 +208,9 @@ class Prover:
     def _require_trusted(self, node_id: str) -> None:
         try:
             trusted = self._trust(node_id)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
             raise UnknownSender from error
         if trusted is True:
             return

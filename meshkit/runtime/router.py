@@ -81,12 +81,14 @@ class Router:
 
     async def emit(self, behavior: Local[P] | Broadcast[P], payload: P, to: str | None) -> str:
         """Send a message that nobody answers, and return its id."""
+        if not isinstance(behavior, Local | Broadcast):  # pyright: ignore[reportUnnecessaryIsInstance]  # untyped callers
+            raise TypeError(f"emit() takes a local kind or a broadcast; {behavior!r} is for call(), if it is a request")
         message, then = self._emitted(behavior, self._new_id(), payload)
         if isinstance(behavior, Local):
             if to is not None:
                 raise ValueError(f"{behavior!r} never leaves its node, so it cannot be emitted to {to!r}")
             await self._emit_here(behavior, message)
-        elif isinstance(behavior, Broadcast):
+        else:
             encoded = encode_payload(message.payload)
             tell = Tell(message.id, message.kind, behavior.version, message.time, encoded)
             if to is None:
@@ -98,8 +100,6 @@ class Router:
                 self._require_way(to)
                 self.journal.note(message.id, f"sent to node {to!r}")
                 self._post(to, tell, len(encoded))
-        else:
-            raise TypeError(f"{behavior!r} asks for a reply: use call(), which returns it")
         settle(then)
         self.journal.send(message.kind, message.id, to)
         return message.id
@@ -148,6 +148,8 @@ class Router:
         self, behavior: Request[P, R], payload: P, to: Sequence[str] | None, timeout: float, quorum: int | None
     ) -> Replies[R]:
         """Ask several nodes at once; return when `quorum` have replied (None: when each has answered)."""
+        if not isinstance(behavior, Request):
+            raise TypeError(f"{behavior!r} has no reply: use emit()")
         if to is None:
             to = self._that_handle(behavior.kind)
             if not to:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import pathlib
 import platform
 
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *names()], help="which ones (default: all)")
     parser.add_argument("--quick", action="store_true", help="only check that they run; the figures mean nothing")
     arguments = parser.parse_args()
+    logging.getLogger("meshkit").setLevel(logging.ERROR)  # who is met and lost is not of interest here
     print(f"Python {platform.python_version()}, {platform.machine()}; medians (min-max) of interleaved rounds")
     met = over = 0
     for name in arguments.names or names():

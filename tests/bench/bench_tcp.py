@@ -7,7 +7,6 @@ type, a mailbox and a task, and it is answered once.
 """
 
 import asyncio
-import logging
 import struct
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -128,7 +127,6 @@ def bare_call(callers: int, size: int = 128) -> Callable[[int], Awaitable[None]]
 
 # --- the mesh
 
-logging.getLogger("meshkit.transports.tcp").setLevel(logging.ERROR)
 IDENTITIES = [Identity.from_seed(number.to_bytes(32)) for number in range(1, 51)]
 TRUST = [identity.node_id for identity in IDENTITIES]
 

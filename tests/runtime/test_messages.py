@@ -99,7 +99,7 @@ async def test_a_local_kind_cannot_be_sent_away_and_a_request_not_emitted() -> N
     async with mesh("alice", "bob") as (_, [alice, _], _):
         with pytest.raises(ValueError, match="never leaves its node, so it cannot be emitted to 'bob'"):
             await alice.emit(STORED, [], to="bob")
-        with pytest.raises(TypeError, match="asks for a reply: use call"):
+        with pytest.raises(TypeError, match=r"is for call\(\), if it is a request"):
             await alice.emit(cast("Any", STORE), Store("f"))
 
 
