@@ -72,7 +72,7 @@ class TcpTransport:
         if isinstance(join, str):
             raise TypeError(f"join must be a sequence of addresses, not one: join=[{join!r}]")
         self._listen = None if listen is None else Address.parse(listen, "listen", host_needed=False)
-        self._join = [Address.parse(address, "an address in join") for address in dict.fromkeys(join)]
+        self._join = list(dict.fromkeys(Address.parse(address, "an address in join") for address in join))
         self._advertise = None if advertise is None else Address.parse(advertise, "advertise")
         if self._advertise is not None and self._listen is None:
             raise ValueError("advertise says where this node is reached, but it does not listen: give listen=, too")
@@ -110,6 +110,7 @@ class TcpTransport:
             ValueError: There is no identity to prove.
             RuntimeError: It is in use.
             OSError: It cannot listen there; the message says why.
+            Closed: It was closed meanwhile.
         """
         if self._mesh is not None:
             raise RuntimeError(f"{self!r} is in use: give each runtime a TcpTransport of its own")
@@ -121,7 +122,8 @@ class TcpTransport:
                 await mesh.listen(self._listen, self._advertise, self._server_ssl)
             mesh.dialler.join(self._join)
         except BaseException:
-            self._mesh = None
+            if self._mesh is mesh:  # else it was closed meanwhile, and perhaps started again
+                self._mesh = None
             await mesh.close()
             raise
 

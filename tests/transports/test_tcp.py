@@ -2,7 +2,6 @@ import asyncio
 import errno
 import logging
 import socket
-import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any
@@ -217,6 +216,13 @@ async def test_one_join_address_is_enough_to_find_everyone() -> None:
             assert sorted(node.found_) == sorted(other.id for other in nodes if other is not node)
 
 
+async def test_they_find_each_other_however_small_a_frame_may_be() -> None:
+    async with mesh("a", "b", "c", "d", limits=TcpLimits(max_frame=1)) as nodes:
+        nodes[0].transport.broadcast(b"x")
+        await nodes[3].hears(1)
+        assert all(node.gone == [] for node in nodes)
+
+
 async def test_a_chain_of_join_addresses_becomes_a_mesh() -> None:
     nodes = [Node("a")]
     async with running(nodes[0]):
@@ -362,6 +368,36 @@ async def test_no_more_peers_than_may_be(caplog: pytest.LogCaptureFixture) -> No
                 assert list(alice.transport.peers) == [bob.id]
 
 
+@pytest.mark.parametrize("other", ["bob", "carol", "dave", "erin"])  # some of them decide, some do not
+async def test_who_is_one_too_many_is_told_before_it_believes_to_be_connected(
+    other: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    alice = Node("alice", limits=TcpLimits(max_peers=1))
+    async with running(alice), running(first := Node("first", join=[alice.address])):
+        await first.meets(alice)
+        await alice.meets(first)
+        async with running(second := Node(other, None, join=[alice.address])):
+            await told(caplog, "it has as many peers as it may have")
+            assert second.found_ == second.gone == []
+
+
+async def test_a_node_that_is_full_does_not_let_others_believe_that_it_has_joined_them() -> None:
+    names = sorted(["alice", "bob", "carol"], key=lambda name: identity(name).node_id)
+    first, second = Node(names[0]), Node(names[2])
+    async with running(first, second):
+        full = Node(names[1], join=[first.address], limits=TcpLimits(max_peers=1))
+        async with running(full):
+            await full.meets(first)
+            link = full.transport._mesh.outgoing()  # type: ignore[union-attr]
+            await asyncio.get_running_loop().create_connection(lambda: link, "127.0.0.1", second.port)
+            await link.settled.wait()
+            assert link.reason == "not wanted: full"
+            with anyio.fail_after(PATIENCE):
+                while second.transport._mesh._sockets._all:  # type: ignore[union-attr]
+                    await asyncio.sleep(0)
+            assert second.found_ == []
+
+
 # --- loss
 
 
@@ -387,7 +423,7 @@ async def test_who_is_gone_is_lost_at_once_and_is_found_again(caplog: pytest.Log
 
 async def test_a_reset_is_noticed_at_once_and_told_in_two_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, LOG)
-    async with mesh("alice", "bob", limits=QUICK) as [alice, bob]:
+    async with mesh("alice", "bob") as [alice, bob]:
         sock = bob.transport._mesh.links[alice.id]._transport.get_extra_info("socket")  # type: ignore[union-attr]
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         bob.transport._mesh.links[alice.id].drop("test")  # type: ignore[union-attr]
@@ -397,22 +433,6 @@ async def test_a_reset_is_noticed_at_once_and_told_in_two_lines(caplog: pytest.L
     [lost, back] = [record.getMessage() for record in caplog.records if alice.id not in record.getMessage()][:2]
     assert lost.startswith(f"node {bob.id} is lost: the connection broke: ")
     assert back == f"node {bob.id} is back"
-
-
-async def test_a_peer_that_is_silent_for_too_long_is_lost() -> None:
-    async with mesh("alice", "bob", limits=QUICK) as [alice, bob]:
-        bob.transport._mesh.links[alice.id].data_received = lambda data: None  # type: ignore[union-attr, method-assign]
-        bob.transport._mesh.links[alice.id].look = lambda now: None  # type: ignore[union-attr, method-assign]
-        start = time.monotonic()
-        await alice.until(lambda: alice.gone)
-        assert time.monotonic() - start >= 0.3
-
-
-async def test_idle_peers_stay_connected() -> None:
-    async with mesh("alice", "bob", limits=QUICK) as [alice, bob]:
-        with suppress(TimeoutError), anyio.fail_after(1.5):
-            await alice.until(lambda: alice.gone or bob.gone)
-        assert alice.gone == bob.gone == []
 
 
 async def test_a_peer_that_has_lost_its_end_gets_a_new_connection_soon() -> None:
@@ -429,6 +449,38 @@ async def test_a_peer_that_has_lost_its_end_gets_a_new_connection_soon() -> None
 
 
 # --- the end
+
+
+async def test_a_close_while_it_starts_ends_the_start_and_leaves_nothing() -> None:
+    loop = asyncio.get_running_loop()
+    sockets = sockets_of(loop)
+    alice = Node("alice", "localhost:0", join=["127.0.0.1:1"])
+    starting = asyncio.create_task(alice.start())
+    await asyncio.sleep(0)  # now it looks up the name
+    await alice.transport.close()
+    with pytest.raises(Closed):
+        await starting
+    assert sockets_of(loop) == sockets
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    async with running(alice):
+        assert alice.port
+
+
+def test_a_close_after_its_loop_is_harmless_and_it_can_be_started_in_another() -> None:
+    alice = Node("alice", None, join=["127.0.0.1:1"])
+
+    async def again() -> None:
+        await alice.transport.close()
+        async with running(alice):
+            assert not alice.transport.peers
+
+    asyncio.run(alice.start())
+    asyncio.run(again())
+
+
+async def test_an_address_that_is_given_twice_is_one() -> None:
+    async with running(Node("alice", join=["127.0.0.1:1", "127.0.0.1:01", "127.0.0.1:1"])):
+        assert sum("dial" in task.get_name() for task in asyncio.all_tasks()) == 1
 
 
 async def test_closing_twice_is_harmless_and_it_can_be_started_again() -> None:

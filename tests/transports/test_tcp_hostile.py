@@ -10,8 +10,8 @@ import anyio
 import pytest
 
 from meshkit.transports import TcpLimits
-from meshkit.transports._tcp.handshake import MAX_HELLO, Handshake
-from meshkit.transports._tcp.wire import Kind, Refusal, Unrecorder, addresses, record
+from meshkit.transports._tcp.handshake import Handshake
+from meshkit.transports._tcp.wire import MAX_CONTROL, Kind, Refusal, Unrecorder, addresses, record
 from tests.transports.tcp_nodes import PATIENCE, QUICK, Node, Stranger, identity, mesh, running
 
 pytestmark = pytest.mark.real_time
@@ -30,7 +30,7 @@ def handshake(name: str) -> Handshake:
 
 async def opened(node: Node, name: str) -> tuple[Stranger, Handshake, list[bytes]]:
     """Return a connection by hand that has proved itself, and what was sent for that."""
-    stranger, ours, unrecorder = await Stranger.to(node), handshake(name), Unrecorder(MAX_HELLO)
+    stranger, ours, unrecorder = await Stranger.to(node), handshake(name), Unrecorder(MAX_CONTROL)
     sent = [ours.begin()]
     stranger.send(sent[0])
     with anyio.fail_after(PATIENCE):
@@ -53,7 +53,7 @@ ATTACKS = {
     "an answer that nobody asked for": record(Kind.PROOF, bytes(64)),
     "an opening": record(Kind.OPEN),
     "http": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
-    "a hello that is too large": huge(Kind.HELLO, MAX_HELLO + 1),
+    "a hello that is too large": huge(Kind.HELLO, MAX_CONTROL + 1),
     "noise": os.urandom(100_000),
     "zeros": bytes(100_000),
 }
@@ -61,13 +61,11 @@ ATTACKS = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 async def test_what_is_no_handshake_ends_the_connection_at_once_without_an_answer(attack: str) -> None:
-    alice = Node("alice")
+    alice = Node("alice", limits=TcpLimits(handshake_timeout=10 * PATIENCE))
     async with running(alice):
-        start = time.monotonic()
         stranger = await Stranger.to(alice)
         stranger.send(ATTACKS[attack])
         assert await stranger.rest() == b""
-        assert time.monotonic() - start < alice.transport.limits.handshake_timeout / 2
         stranger.close()
 
 
@@ -110,7 +108,7 @@ async def test_an_endless_hello_is_dropped_in_time_however_it_trickles() -> None
     async with running(alice):
         start = time.monotonic()
         stranger = await Stranger.to(alice)
-        stranger.send(huge(Kind.HELLO, MAX_HELLO))
+        stranger.send(huge(Kind.HELLO, MAX_CONTROL))
 
         async def trickle() -> None:
             while True:
@@ -147,11 +145,13 @@ async def test_who_proves_itself_and_then_never_opens_is_dropped_in_time() -> No
         record(Kind.ADDRESSES, b"\xc1"),
         record(Kind.ADDRESSES, addresses([(identity("carol").node_id, "nowhere")])),
         struct.pack(">IB", 0, 99),
+        record(Kind.FRAME, bytes(100_001)),
+        record(Kind.ADDRESSES, addresses([("", "")] * MAX_CONTROL)),
     ],
 )
 async def test_a_peer_that_breaks_the_rules_is_lost(said: bytes) -> None:
     arbiter, other = sorted(["alice", "bob"], key=lambda name: identity(name).node_id)
-    node = Node(arbiter)
+    node = Node(arbiter, limits=TcpLimits(max_frame=100_000))
     async with running(node):
         stranger, _, _ = await opened(node, other)
         await node.until(lambda: node.found_)
@@ -179,19 +179,18 @@ async def test_many_addresses_of_a_peer_do_not_take_more_than_their_room() -> No
 
 
 async def test_five_hundred_connections_that_say_nothing_cost_little_and_keep_nobody_out() -> None:
-    limits = TcpLimits(max_unproved=50, handshake_timeout=1.0)
+    limits = TcpLimits(max_unproved=50, handshake_timeout=10 * PATIENCE)  # nobody gets in because others time out
     async with mesh("alice", "bob", limits=limits) as [alice, bob]:
         strangers = [await Stranger.to(alice) for _ in range(500)]
         for stranger in strangers[-50:]:
-            stranger.send(huge(Kind.HELLO, MAX_HELLO) + bytes(MAX_HELLO // 2))
+            stranger.send(huge(Kind.HELLO, MAX_CONTROL) + bytes(MAX_CONTROL // 2))
         sockets = alice.transport._mesh._sockets  # type: ignore[union-attr]
         assert len(sockets._unproved) <= 50
         async with running(carol := Node("carol", join=[alice.address])):
-            with anyio.fail_after(1.0):
-                await carol.meets(alice)
+            await carol.meets(alice)
         alice.transport.send(bob.id, b"x")
         await bob.until(lambda: bob.heard)
-        for stranger in strangers:
+        for stranger in strangers[:450]:
             assert await stranger.rest() == b""
         await alice.until(lambda: carol.id in alice.gone)
         assert bob.id not in alice.gone
@@ -207,7 +206,7 @@ async def test_strangers_take_no_memory_for_what_they_promise() -> None:
             before, _ = tracemalloc.get_traced_memory()
             strangers = [await Stranger.to(alice) for _ in range(50)]
             for stranger in strangers:
-                stranger.send(huge(Kind.HELLO, MAX_HELLO))
+                stranger.send(huge(Kind.HELLO, MAX_CONTROL))
             await asyncio.sleep(0.05)  # until they have been read: they say nothing that could be waited for
             after, _ = tracemalloc.get_traced_memory()
         finally:

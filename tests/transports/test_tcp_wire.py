@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from meshkit.runtime import Identity
-from meshkit.transports._tcp.handshake import MAX_HELLO, Handshake
+from meshkit.transports._tcp.handshake import Handshake
 from meshkit.transports._tcp.wire import (
+    MAX_CONTROL,
     Address,
     Kind,
     Refusal,
@@ -154,7 +155,7 @@ def side(
 
 def pump(one: Handshake, other: Handshake, sent: bytes) -> bytes:
     """Let `one` receive what the other sent, and return what it answers."""
-    unrecorder = Unrecorder(MAX_HELLO)
+    unrecorder = Unrecorder(MAX_CONTROL)
     unrecorder.feed(sent)
     return b"".join(one.receive(kind, body) for kind, body in read(unrecorder))
 
@@ -269,7 +270,11 @@ def test_another_version_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "hello", [b"", b"\1", b"\1" + bytes(63), b"\1" + EVE.public_key + bytes(32) + b"no address", b"\1" * 65 + b"\xff"]
+    "hello",
+    [
+        *(b"", b"\1", b"\1" + bytes(63), b"\1" * 65 + b"\xff"),
+        *(b"\1" + EVE.public_key + bytes(32) + address for address in (b"no address", b"eve:0", b":0")),
+    ],
 )
 def test_a_hello_that_is_none_is_rejected(hello: bytes) -> None:
     assert refused(side(BOB, dialled=False), record(Kind.HELLO, hello)).refusal is None

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import anyio
 
+from meshkit import _time
 from meshkit.retrier import Backoff
 from meshkit.transports._tcp.limits import TcpLimits
 from meshkit.transports._tcp.link import Link
@@ -80,12 +81,16 @@ class Dialler:
 
     # --- what is known
 
-    def know(self, node: str, address: Address) -> None:
-        """Dial this address while there is no connection to `node`, which is said to listen there."""
+    def know(self, node: str, address: Address, *, surely: bool = False) -> None:
+        """Dial this address while there is no connection to `node`, which is said (`surely`: by itself) to be there.
+
+        What others say may not be true: it changes nothing about an address that is known, and drives none out.
+        """
         target = self._targets.get(address)
         if target is not None:
-            target.node = node
-        elif len(self._targets) < self._owner.limits.max_peers or self._forget_one():
+            if not target.node or (surely and target.node not in self._owner.links):
+                target.node = node
+        elif len(self._targets) < self._owner.limits.max_peers or (surely and self._forget_one()):
             self._begin(_Target(address, joins=False, node=node))
 
     def met(self, node: str, address: Address | None) -> None:
@@ -96,7 +101,7 @@ class Dialler:
                     self._forget(target)
                 target.trouble, target.logged = "", "unreachable"
         if address is not None:
-            self.know(node, address)
+            self.know(node, address, surely=True)
 
     def _forget_one(self) -> bool:
         """Make room by forgetting an address that is of no use now; return whether there was one."""
@@ -136,7 +141,8 @@ class Dialler:
             link = self._owner.links.get(target.node)
             if link is not None:
                 await link.gone.wait()
-                failures = 0
+                if _time.now() - link.began >= self.LAST_DELAY:  # else it may well be lost again at once
+                    failures = 0
             else:
                 await self._dial(target)
                 if target.node in self._owner.links:

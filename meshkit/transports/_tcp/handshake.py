@@ -6,10 +6,8 @@ from collections.abc import Callable
 from meshkit.runtime.identity import SIGNATURE_SIZE, Identity, node_id_of, verify
 from meshkit.transports._tcp.wire import Address, Kind, Refusal, Rejected, record
 
-__all__ = ["MAX_HELLO", "Handshake"]
+__all__ = ["Handshake"]
 
-MAX_HELLO = 16 * 1024
-"""Bytes of a record before the connection is open."""
 _VERSION = 1
 _HELLO = struct.Struct(">B32s32s")  # and the address
 _TAG = b"meshkit tcp handshake 1\0"
@@ -91,10 +89,11 @@ class Handshake:
             raise Rejected(f"it is node {node!r}, which is not trusted", Refusal.STRANGER)
         try:
             listens = body[_HELLO.size :].decode()
-            if listens:
-                Address.parse(listens, "its address", host_needed=False)
+            port = Address.parse(listens, "its address", host_needed=False).port if listens else None
         except ValueError:
             raise Rejected("it listens at no address that is one") from None
+        if port == 0:  # those who are told of it would reject it
+            raise Rejected("it listens at no port that is one")
         self.peer, self.listens, self._key, self._theirs = node, listens, key, body
 
     def _proof(self) -> bytes:

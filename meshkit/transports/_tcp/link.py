@@ -8,9 +8,9 @@ from typing import cast
 
 from meshkit import _time
 from meshkit.errors import Overloaded
-from meshkit.transports._tcp.handshake import MAX_HELLO, Handshake
+from meshkit.transports._tcp.handshake import Handshake
 from meshkit.transports._tcp.owner import Owner
-from meshkit.transports._tcp.wire import Address, Kind, Refusal, Rejected, Unrecorder, read_addresses, record
+from meshkit.transports._tcp.wire import MAX_CONTROL, Address, Kind, Refusal, Rejected, Unrecorder, record
 
 __all__ = ["Link"]
 
@@ -43,7 +43,7 @@ class Link(asyncio.BufferedProtocol):
         self.host = ""  # of the other side
         self._owner = owner
         self._limits = owner.limits
-        self._in = Unrecorder(MAX_HELLO)
+        self._in = Unrecorder(MAX_CONTROL)
         self._transport: asyncio.Transport | None = None
         self._paused = False
         self._waiting: deque[bytes] = deque()  # while paused
@@ -65,7 +65,8 @@ class Link(asyncio.BufferedProtocol):
         if not self.handshake.listens:
             return None
         host, port = Address.parse(self.handshake.listens, "an address", host_needed=False)
-        return Address(host or self.host, port)
+        host = host or self.host
+        return Address(host, port) if host else None
 
     # --- what asyncio calls
 
@@ -105,7 +106,7 @@ class Link(asyncio.BufferedProtocol):
         try:
             while not self._is_over() and (received := unrecorder.next()) is not None:
                 kind, body = received
-                if kind == 0 and self.opened:  # a FRAME: nearly all are
+                if kind == 0 and self.opened and len(body) <= self._limits.max_frame:  # a FRAME: nearly all are
                     self._owner.received(self.handshake.peer, body)
                 else:
                     self._take(kind, body)
@@ -146,18 +147,23 @@ class Link(asyncio.BufferedProtocol):
             except ValueError:
                 self.drop(f"refused for a reason ({body[0]}) that this version does not know")
         elif not self.handshake.proved:
-            self._write(self.handshake.receive(kind, body))
+            answer = self.handshake.receive(kind, body)
+            self._require_wanted()  # before anything else is said, or the other side could take it for open
+            self._write(answer)
             if kind == Kind.PROOF:
                 self._on_proof()
         elif not self.opened:
             if kind != Kind.OPEN or self.handshake.is_arbiter:
                 raise Rejected(f"it sent a record of kind {kind} before the connection was open")
+            self._require_wanted()  # others may have come since
             self._open()
+        elif kind == Kind.FRAME or len(body) > MAX_CONTROL:
+            raise Rejected(f"it sent a record of {len(body)} bytes and kind {kind}, which is more than it may have")
         elif kind == Kind.PING:
             if self._waiting_bytes < self._limits.max_buffer:
                 self._write(_PONG)
         elif kind == Kind.ADDRESSES:
-            self._owner.told(read_addresses(body))
+            self._owner.told(body)
         elif kind == Kind.BYE:
             self.left = True
             self.drop("it has left")
@@ -165,16 +171,18 @@ class Link(asyncio.BufferedProtocol):
             raise Rejected(f"it sent a record of kind {kind} on an open connection")
 
     def _on_proof(self) -> None:
-        refusal = self._owner.wanted(self)
-        if refusal is not None:
-            self.reject(f"not wanted: {refusal.name.lower()}", refusal)
-        elif self.handshake.is_arbiter:
+        if self.handshake.is_arbiter:
             self._write(record(Kind.OPEN))
             self._open()
 
+    def _require_wanted(self) -> None:
+        refusal = self._owner.wanted(self)
+        if refusal is not None:
+            raise Rejected(f"not wanted: {refusal.name.lower()}", refusal)
+
     def _open(self) -> None:
         self.opened = True
-        self._in.limit = self._limits.max_frame
+        self._in.limit = max(self._limits.max_frame, MAX_CONTROL)
         self.settled.set()
         self._owner.opened(self)
 
@@ -211,6 +219,11 @@ class Link(asyncio.BufferedProtocol):
             if now - self._ended_at >= self.LAST_WORDS:
                 self.abort()
             return
+        if self._paused:
+            buffered = self._buffered()
+            if buffered < self._unsent:  # its reading is a sign of life, too: it may be slow, and have nothing to say
+                self._sent_at, self._heard = now, True
+            self._unsent = buffered
         if self._heard:
             self._heard, self._answer_by, self.heard_at = False, None, now
         if not self.opened:
@@ -220,10 +233,6 @@ class Link(asyncio.BufferedProtocol):
         if now - self.heard_at >= limits.silence_timeout or (self._answer_by is not None and now >= self._answer_by):
             self.drop(f"it has been silent for {now - self.heard_at:.3g} s")
         elif self._paused:
-            buffered = self._buffered()
-            if buffered < self._unsent:  # its reading is a sign of life, too: it may be slow, and have nothing to say
-                self._sent_at = self.heard_at = now
-            self._unsent = buffered
             if now - self._sent_at >= limits.write_timeout:
                 self.drop(f"it has read nothing for {limits.write_timeout:g} s")
         elif now - max(self.heard_at, self._asked_at) >= limits.ping_interval:

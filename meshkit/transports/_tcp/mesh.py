@@ -5,11 +5,10 @@ import logging
 import math
 import os
 import ssl
-from collections.abc import Sequence
 from contextlib import suppress
 
 from meshkit import _time
-from meshkit.errors import Overloaded
+from meshkit.errors import Closed, Overloaded
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.transport import Receiver
 from meshkit.transports._tcp.dial import Dialler
@@ -18,7 +17,16 @@ from meshkit.transports._tcp.limits import TcpLimits
 from meshkit.transports._tcp.link import Link
 from meshkit.transports._tcp.listen import Door, serve
 from meshkit.transports._tcp.sockets import Sockets
-from meshkit.transports._tcp.wire import Address, Kind, Refusal, Rejected, addresses, record
+from meshkit.transports._tcp.wire import (
+    MOST_ADDRESSES,
+    Address,
+    Kind,
+    Refusal,
+    Rejected,
+    addresses,
+    read_addresses,
+    record,
+)
 
 __all__ = ["Mesh"]
 
@@ -46,6 +54,7 @@ class Mesh:
         self._prover = prover
         self._sockets = Sockets(limits)
         self._server: asyncio.Server | None = None
+        self._loop = asyncio.get_running_loop()
         self._closed = False
         self._lost: set[str] = set()  # the nodes that were connected, and have not come back
         self._refused = 0  # connections, since the last line about them
@@ -56,19 +65,26 @@ class Mesh:
 
         Raises:
             OSError: It cannot listen there; the message says why, and what to do.
+            Closed: It was closed meanwhile.
         """
 
         def accept() -> Link | Door:
             link = self._link(dialled=False)
             return link if context is None else Door(self, link, context)
 
-        self._server = await serve(accept, address)
-        port = self._server.sockets[0].getsockname()[1]
+        server = await serve(accept, address)
+        if self._closed:
+            server.close()
+            raise Closed(name=f"TcpTransport({address})")
+        self._server = server
+        port = server.sockets[0].getsockname()[1]
         self.address = str(advertise or Address("" if address.is_everywhere else address.host, port))
 
     async def close(self) -> None:
         """End everything. Nothing is received from the moment on at which this is called."""
         self._closed = True
+        if self._loop.is_closed():
+            return  # it took everything with it
         if self._server is not None:
             self._server.close()  # not wait_closed(): it would wait for the connections
         self._sockets.stop()
@@ -111,12 +127,12 @@ class Mesh:
             self._sockets.add(link, incoming=isinstance(link, Door) or not link.handshake.dialled)
 
     def wanted(self, link: Link) -> Refusal | None:
-        """Return what speaks against a connection whose other end has proved who it is."""
+        """Return what speaks against a connection, as soon as its other end has said who it is."""
         old = self.links.get(link.peer)
         if old is None:
             return Refusal.FULL if len(self.links) >= self.limits.max_peers else None
-        if not link.handshake.is_arbiter:
-            return None  # the other side will say
+        if not (link.handshake.is_arbiter and link.handshake.proved):
+            return None  # the other side will say, or it may not be true
         old.doubt()
         return Refusal.DUPLICATE
 
@@ -126,8 +142,9 @@ class Mesh:
         if node in self.links:
             self.links[node].drop("it made another connection")
         self._sockets.proved(link)
-        if known := [(peer, str(other.address)) for peer, other in self.links.items() if other.address]:
-            link.send(record(Kind.ADDRESSES, addresses(known)))
+        known = [(peer, str(other.address)) for peer, other in self.links.items() if other.address]
+        for start in range(0, len(known), MOST_ADDRESSES):
+            link.send(record(Kind.ADDRESSES, addresses(known[start : start + MOST_ADDRESSES])))
         if address is not None:
             self.send_to_all(record(Kind.ADDRESSES, addresses([(node, str(address))])))
         self.links[node] = link
@@ -142,10 +159,10 @@ class Mesh:
         if not self._closed:
             self._receiver.received(node, frame)
 
-    def told(self, known: Sequence[tuple[str, str]]) -> None:
-        """Take the addresses that another node knows."""
+    def told(self, body: bytes) -> None:
+        """Take the addresses that another node knows; raise `Rejected` if one is none."""
         own = self._prover.identity.node_id
-        for node, text in known[: self.limits.max_peers]:
+        for node, text in read_addresses(body):
             if node != own and node not in self.links and self._prover.trusts(node):
                 try:
                     address = Address.parse(text, "what a peer says where others listen")
@@ -166,8 +183,8 @@ class Mesh:
                 self._lost.add(link.peer)
                 _log.warning("node %s is lost: %s", link.peer, link.reason)
             self._receiver.lost(link.peer)
-        elif not link.handshake.dialled and not link.handshake.proved:  # else it is a second one, which is nothing
-            self._on_refusal(link)
+        elif not (link.handshake.dialled or link.handshake.proved or link.refusal):
+            self._on_refusal(link)  # else it is a second one, or not wanted there, which is nothing
 
     def _on_refusal(self, link: Link) -> None:
         """Log it, but not so often that strangers could fill the log."""

@@ -23,7 +23,7 @@ class Owner(Protocol):
         ...
 
     def wanted(self, link: "Link") -> Refusal | None:
-        """Return what speaks against a connection whose other end has proved who it is."""
+        """Return what speaks against a connection, as soon as its other end has said who it is."""
         ...
 
     def opened(self, link: "Link") -> None:
@@ -34,8 +34,8 @@ class Owner(Protocol):
         """Take a frame."""
         ...
 
-    def told(self, known: list[tuple[str, str]]) -> None:
-        """Take the addresses that another node knows; raise `Rejected` if one is none."""
+    def told(self, body: bytes) -> None:
+        """Take the addresses that another node knows (the body of a record); raise `Rejected` if one is none."""
         ...
 
     def disconnected(self, link: "Link") -> None:

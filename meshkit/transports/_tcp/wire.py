@@ -24,9 +24,24 @@ from typing import NamedTuple, Self
 
 import msgspec
 
-__all__ = ["Address", "Kind", "Refusal", "Rejected", "Unrecorder", "addresses", "read_addresses", "record"]
+__all__ = [
+    "MAX_CONTROL",
+    "MOST_ADDRESSES",
+    "Address",
+    "Kind",
+    "Refusal",
+    "Rejected",
+    "Unrecorder",
+    "addresses",
+    "read_addresses",
+    "record",
+]
 
 _HEADER = struct.Struct(">IB")
+MAX_CONTROL = 16 * 1024
+"""Bytes of the body of a record that is no frame."""
+MOST_ADDRESSES = 40
+"""That are sent in one record: they always fit."""
 _MAX_ADDRESS = 300  # characters: a name in the DNS has up to 253
 
 
