@@ -59,10 +59,10 @@ def typing(session: nox.Session) -> None:
 
 @nox.session(python=sorted({HERE, *PYTHONS}))
 def tests(session: nox.Session) -> None:
-    """Run the tests, or those named after `--`; on the Python that runs nox, keep what they covered."""
+    """Run the tests, or those named after `--`, on all processors; on the Python that runs nox, keep what they covered."""
     session.install(".", *_packages("test"))
     measure = ["-m", "coverage", "run"] if session.python == HERE else []
-    session.run("python", *measure, "-m", "pytest", *session.posargs)
+    session.run("python", *measure, "-m", "pytest", "-n", "auto", *session.posargs)
 
 
 @nox.session

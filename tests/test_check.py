@@ -10,7 +10,7 @@ from hypothesis import given, strategies as st
 
 from meshkit import _check
 
-NO_NUMBERS: list[Any] = [None, True, False, "5", b"5", [5], 5j, Decimal(5), Fraction(5), object()]
+NO_NUMBERS: list[Any] = [None, True, False, "5", b"5", [5], 5j, Decimal(5), Fraction(5), ...]
 
 
 @given(st.one_of(st.integers(), st.floats()))
