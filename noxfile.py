@@ -59,7 +59,7 @@ def typing(session: nox.Session) -> None:
 
 @nox.session(python=sorted({HERE, *PYTHONS}))
 def tests(session: nox.Session) -> None:
-    """Run the tests, or those named after `--`, on all processors; on the Python that runs nox, keep what they covered."""
+    """Run the tests, or those named after `--`, on all processors; on the Python that runs nox, measure coverage."""
     session.install(".", *_packages("test"))
     measure = ["-m", "coverage", "run"] if session.python == HERE else []
     session.run("python", *measure, "-m", "pytest", "-n", "auto", *session.posargs)

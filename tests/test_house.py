@@ -140,7 +140,7 @@ def test_only_one_place_reads_clocks_and_nobody_uses_wait_for(module: str) -> No
             assert node.func.attr != "time", f"{module}:{node.lineno} reads a clock; _time.now() is the place"
 
 
-@pytest.mark.parametrize(("room_name", "name"), [(room_name, name) for room_name in CORES for name in sorted(CORES[room_name])])
+@pytest.mark.parametrize(("room_name", "name"), [(room, name) for room in CORES for name in sorted(CORES[room])])
 def test_cores_are_pure(room_name: str, name: str) -> None:
     body = tree(f"meshkit.{room_name}").body
     core = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == name)
