@@ -380,3 +380,12 @@ def test_a_key_must_be_hashable() -> None:
     with pytest.raises(TypeError, match="unhashable"):
         cache.check([])  # type: ignore[arg-type]  # that is the point
     assert len(cache) == 0
+
+
+def test_a_dict_from_which_all_keys_were_forgotten_is_passed_over_when_the_oldest_goes() -> None:
+    keys = SeenKeys(ttl=100.0, max_keys=2 * SeenKeys.PER_DICT)  # three dicts: numbers lie in them by their remainder
+    assert keys.check(0, 0.0)
+    keys.forget(0)
+    assert [keys.check(number, 1.0) for number in (1, 4, 7)] == [True] * 3
+    assert keys.evict() == 1
+    assert keys.evict() == 4

@@ -635,3 +635,21 @@ async def test_a_call_that_uses_the_id_of_one_that_was_lost_in_the_same_turn_is_
         cast("Any", alice)._life.router.intake.give_up("bob")
         assert await again == 1.0
         assert lost.cancelled()
+
+
+async def test_an_id_of_which_a_call_is_pending_is_refused() -> None:
+    async with mesh("alice", "bob") as (_, [alice, _], [_, stash]):
+        first = asyncio.create_task(alice.call(SLEEP, 1.0, to="bob", id="5f"))
+        await settle()
+        with pytest.raises(ValueError, match="a call with the id '5f' is pending already"):
+            await alice.call(SLEEP, 2.0, to="bob", id="5f")
+        assert await first == 1.0
+        assert stash.begun == [1.0]
+
+
+async def test_only_requests_can_be_called_of_many_and_only_behaviors_emitted() -> None:
+    async with mesh("alice") as (_, [alice], _):
+        with pytest.raises(TypeError, match=r"Broadcast\('social:tease', str\) has no reply: use emit"):
+            await alice.call_many(cast("Any", TEASE), "x")
+        with pytest.raises(TypeError, match=r"emit\(\) takes a local kind or a broadcast; 'social:tease' is"):
+            await alice.emit(cast("Any", "social:tease"), "x")
