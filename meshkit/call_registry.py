@@ -362,9 +362,12 @@ class CallRegistry(Generic[T]):
 
 def _give(future: "asyncio.Future[Any]", outcome: object) -> bool:
     """Settle a call; return False if its caller was cancelled, and has not run since, or went down with its loop."""
-    if future.done() or future.get_loop().is_closed():
+    if future.done():
         return False
-    future.set_result(outcome)
+    try:
+        future.set_result(outcome)
+    except RuntimeError:
+        return False  # its loop is closed
     return True
 
 

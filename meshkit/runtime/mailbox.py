@@ -85,12 +85,20 @@ class Mailbox(Generic[T]):
             return Overloaded(name=f"{self.name}, in bytes", limit=backlog.max_bytes)
         return Overloaded(name=self.name, limit=backlog.max_items)
 
-    def put(self, item: T, *, reserved: bool = False) -> None:
-        """Put `item`, for which there is room, or a place that was reserved."""
-        if reserved:
-            self._backlog.reserved -= 1
+    def offer(self, item: T) -> bool:
+        """Put `item`, if there is room for it; return whether there was."""
+        if self._waiters or self.closed or not self._backlog.fits(item.size):
+            return False
         self._backlog.add(item)
-        if self._ready and self._opened and not self._waking:
+        if not self._waking and self._ready and self._opened:
+            self._wake()
+        return True
+
+    def put_reserved(self, item: T) -> None:
+        """Put `item` in a place that was reserved."""
+        self._backlog.reserved -= 1
+        self._backlog.add(item)
+        if self._ready and self._opened:
             self._wake()
 
     async def reserve(self) -> None:
