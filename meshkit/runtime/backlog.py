@@ -52,10 +52,17 @@ class Backlog(Generic[T]):
         return self._waiting
 
     def fits(self, size: int) -> bool:
-        """Return whether an item of `size` bytes may be added."""
-        return self._waiting + self.reserved < self.max_items and (
-            self.bytes + size <= self.max_bytes or not self.bytes
-        )
+        """Return whether an item of `size` bytes fits."""
+        held = self.bytes
+        return self._waiting + self.reserved < self.max_items and not (held and held + size > self.max_bytes)
+
+    def offer(self, item: T) -> bool:
+        """Add a new item if it fits; return whether it did."""
+        held = self.bytes
+        if self._waiting + self.reserved >= self.max_items or (held and held + item.size > self.max_bytes):
+            return False
+        self.add(item)
+        return True
 
     def add(self, item: T) -> None:
         """Add a new item, whether it fits or not."""

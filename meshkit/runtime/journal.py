@@ -1,12 +1,12 @@
 """The journal of a node: what became of its messages, in numbers, and of the latest of them one by one.
 
 >>> journal = Journal()
->>> journal.note("5f", "sent to 'bob'")
+>>> journal.note(("5f", "sent to", "bob"))
 >>> journal.drop("social:tease", "rate_limit", "rate_limited", "5f", "bob")
 >>> print(journal.explain("5f"))
 message 5f
-  sent to 'bob'
-  dropped at rate_limit: rate_limited (from node 'bob')
+  sent to node 'bob'
+  dropped at rate_limit: rate_limited, from node 'bob'
 """
 
 import asyncio
