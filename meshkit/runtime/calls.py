@@ -58,10 +58,13 @@ class TooFewReplies(OutcomeUnknown):
 
 
 class Calls:
-    """The calls of one node. `post(to, wire, size)` sends."""
+    """The calls of one node. `check_size(to, bytes)` raises what forbids so large a payload; `post(to, wire)` sends."""
 
-    def __init__(self, node: str, post: Callable[[str, Wire, int], None], journal: Journal) -> None:
+    def __init__(
+        self, node: str, check_size: Callable[[str, int], None], post: Callable[[str, Wire], None], journal: Journal
+    ) -> None:
         self._node = node
+        self._check_size = check_size
         self._post = post
         self._journal = journal
         self._registry: CallRegistry[msgspec.Raw] = CallRegistry(name=f"calls of node {node!r}")
@@ -80,22 +83,18 @@ class Calls:
         remaining = min(timeout, anyio.current_effective_deadline() - self._now(), _LONGEST)
         milliseconds = int(remaining * 1000) if remaining > 0 else 0  # of a cancelled scope it is -infinity
         payload = encode_payload(message.payload)
+        self._check_size(to, len(payload))
         ask = Ask(call_id, kind, behavior.version, message.time, milliseconds, payload)
         self._asked[call_id] = (to, kind)
-        note((call_id, "asked of", to))
-        self._journal.send(kind, call_id, to)
         try:
             reply = await self._registry.call(functools.partial(self._send, to, ask), timeout=timeout, id=call_id)
-        except CallTimeout:
-            self._post(to, Cancel(call_id), 0)
-            timed_out = CallTimeout(name=f"{kind!r} on node {to!r}", timeout=timeout)
-            note((call_id, f"no reply: {timed_out}", ""))
-            raise timed_out from None
         except BaseException as error:
-            if isinstance(error, asyncio.CancelledError):
-                self._post(to, Cancel(call_id), 0)
-            ours = isinstance(error, MeshkitError)
-            note((call_id, f"no reply: {error}" if ours else "nobody waits for the reply any more", ""))
+            if isinstance(error, CallTimeout):
+                error.name = f"{kind!r} on node {to!r}"
+            if isinstance(error, CallTimeout | asyncio.CancelledError):
+                self._post(to, Cancel(call_id))
+            failed = isinstance(error, Exception)
+            note((call_id, f"no reply: {error}" if failed else "nobody waits for the reply any more", ""))
             raise
         finally:
             del self._asked[call_id]
@@ -106,7 +105,9 @@ class Calls:
             raise RemoteError(node=to, kind=kind, code="bad_reply") from error
 
     def _send(self, to: str, ask: Ask, _: str) -> None:
-        self._post(to, ask, len(ask.payload))
+        self._journal.note((ask.id, "asked of", to))
+        self._journal.send(ask.kind, ask.id, to)
+        self._post(to, ask)
 
     def answered(self, sender: str, answer: Reply | Failure) -> bool:
         """Take an answer; return whether it may be one: it is not, if another node was asked."""
@@ -180,7 +181,10 @@ async def gather(
             for node in nodes:
                 group.start_soon(ask, node, group.cancel_scope, name=f"{name}:{node}")
     if wrong:
-        raise wrong[0]
+        try:
+            raise wrong[0]
+        finally:
+            wrong.clear()  # it holds the error, and that holds this frame: a cycle
     if len(replies) >= needed:
         return Replies(replies, errors)
     asked = len(nodes) if needed <= len(nodes) else 0

@@ -58,6 +58,7 @@ def check_id(message_id: object) -> str:
     """Return the id of a request, which must be short text: ids are remembered."""
     if not isinstance(message_id, str) or not 0 < len(message_id) <= MAX_ID:
         raise ValueError(f"id must be text of 1 to {MAX_ID} characters, not {message_id!r:.80}")
+    message_id.encode()  # lone surrogates cannot travel
     return message_id
 
 

@@ -62,7 +62,7 @@ class Router:
         self.journal = Journal(observer)
         self.presence = Presence()
         self.dispatcher = Dispatcher(node, graph, supervisors, self.journal, letters, self._answer, escalate)
-        self.calls = Calls(node, self._post, self.journal)
+        self.calls = Calls(node, self._check_size, self._post, self.journal)
         self.outbox = Outbox(transport, prover, self._on_unsent)
         self.heartbeat = Heartbeat(self.presence, beat, self.outbox.post, self._on_gone, observer)
         self.intake = Intake(
@@ -124,15 +124,15 @@ class Router:
     def _emit_out(self, behavior: Broadcast[P], message: Message[P], to: str | None) -> None:
         encoded = encode_payload(message.payload)
         tell = Tell(message.id, message.kind, behavior.version, message.time, encoded)
+        self._check_size(to, len(encoded))
         if to is None:
-            self._fitting(len(encoded))
             self.outbox.post(None, tell)
             self.journal.note((message.id, "sent to every node", ""))
             self.intake.take(self._node, tell)
         else:
             self._require_way(to)
             self.journal.note((message.id, "sent to", to))
-            self._post(to, tell, len(encoded))
+            self._post(to, tell)
 
     def call(
         self, behavior: Request[P, R], payload: P, to: str | None, timeout: float, call_id: str | None
@@ -227,13 +227,15 @@ class Router:
             self.journal.drop(message.kind, stage, outcome.reason, message.id, self._node)
             raise NotAccepted(kind=message.kind, node=self._node, reason=f"{outcome.reason} (stage {stage})")
         self.journal.drop(message.kind, stage, reason_of(outcome.error), message.id, self._node)
-        raise outcome.error
+        try:
+            raise outcome.error
+        finally:
+            del passed, outcome  # they hold the error, and it holds this frame: a cycle
 
-    def _fitting(self, size: int) -> int:
-        """Return the size of a payload, which must fit into a frame."""
-        if size > self._max_payload:
+    def _check_size(self, to: str | None, size: int) -> None:
+        """Raise an error unless a payload fits into a frame, which it needs to leave this node."""
+        if size > self._max_payload and to != self._node:
             raise ValueError(f"a payload of {size} bytes does not fit into a frame: it may have {self._max_payload}")
-        return size
 
     def _require_way(self, to: str) -> None:
         reachable = {self._node, *self._transport.peers, *self.presence.peers} - self.presence.silent.keys()
@@ -241,11 +243,10 @@ class Router:
             known = ", ".join(sorted(reachable - {self._node})) or "nobody"
             raise Unreachable(node=to, reason=f"node {self._node!r} can reach {known}")
 
-    def _post(self, to: str, wire: Wire, size: int = 0) -> None:
+    def _post(self, to: str, wire: Wire) -> None:
         if to == self._node:
             self.intake.take(to, wire)
         else:
-            self._fitting(size)
             self.outbox.post(to, wire)
 
     def _answer(self, caller: str, answer: Reply | Failure) -> None:
@@ -254,8 +255,8 @@ class Router:
             self._log.error(
                 "a reply of %d bytes to node %r does not fit into a frame", size, caller, message_id=answer.id
             )
-            answer, size = Failure(answer.id, "failed", code="internal"), 0
-        self._post(caller, answer, size)
+            answer = Failure(answer.id, "failed", code="internal")
+        self._post(caller, answer)
 
     def _on_unsent(self, to: str | None, wires: Sequence[Wire], error: Exception) -> None:
         """Tell those who wait for an answer, and count the rest."""
