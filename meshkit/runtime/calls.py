@@ -75,8 +75,15 @@ class Calls:
     def __len__(self) -> int:
         return len(self._registry)
 
-    async def call(self, behavior: Request[P, R], message: Message[P], to: str, timeout: float) -> R:
-        """Ask the node `to`, and return its reply."""
+    async def call(
+        self,
+        behavior: Request[P, R],
+        message: Message[P],
+        to: str,
+        timeout: float,
+        then: Callable[[], object] | None = None,
+    ) -> R:
+        """Ask the node `to`, and return its reply. `then` is called once the request is on its way."""
         kind, call_id, note = behavior.kind, message.id, self._journal.note
         if call_id in self._asked:
             raise ValueError(f"a call with the id {call_id!r} is pending already: wait for it, or use a new id")
@@ -87,7 +94,7 @@ class Calls:
         ask = Ask(call_id, kind, behavior.version, message.time, milliseconds, payload)
         self._asked[call_id] = (to, kind)
         try:
-            reply = await self._registry.call(functools.partial(self._send, to, ask), timeout=timeout, id=call_id)
+            reply = await self._registry.call(functools.partial(self._send, to, ask, then), timeout=timeout, id=call_id)
         except BaseException as error:
             if isinstance(error, CallTimeout):
                 error.name = f"{kind!r} on node {to!r}"
@@ -104,10 +111,12 @@ class Calls:
         except Exception as error:
             raise RemoteError(node=to, kind=kind, code="bad_reply") from error
 
-    def _send(self, to: str, ask: Ask, _: str) -> None:
+    def _send(self, to: str, ask: Ask, then: Callable[[], object] | None, _: str) -> None:
         self._journal.note((ask.id, "asked of", to))
         self._journal.send(ask.kind, ask.id, to)
         self._post(to, ask)
+        if then is not None:
+            then()
 
     def answered(self, sender: str, answer: Reply | Failure) -> bool:
         """Take an answer; return whether it may be one: it is not, if another node was asked."""

@@ -147,18 +147,16 @@ class Router:
             return self._call_any(behavior, payload, timeout)
         message_id = self._new_id() if call_id is None else check_id(call_id)
         message, then = self._emitted(behavior, message_id, payload)
-        if then is not None:
-            then()
-        return self._ask(behavior, message, to, timeout, repeats=call_id is not None)
+        return self._ask(behavior, message, to, timeout, then, repeats=call_id is not None)
 
     async def _call_any(self, behavior: Request[P, R], payload: P, timeout: float) -> R:
         message, then = self._emitted(behavior, self._new_id(), payload)
-        if then is not None:
-            then()
         nodes = self._that_handle(behavior.kind) or self._of_whom_nothing_is_known()
         if not nodes:
             raise self._nobody(behavior.kind)
-        return await first_that_takes_it(nodes, timeout, lambda node, left: self._ask(behavior, message, node, left))
+        return await first_that_takes_it(
+            nodes, timeout, lambda node, left: self._ask(behavior, message, node, left, then)
+        )
 
     async def call_many(
         self, behavior: Request[P, R], payload: P, to: Sequence[str] | None, timeout: float, quorum: int | None
@@ -178,14 +176,21 @@ class Router:
         )
 
     def _ask(
-        self, behavior: Request[P, R], message: Message[P], to: str, timeout: float, *, repeats: bool = False
+        self,
+        behavior: Request[P, R],
+        message: Message[P],
+        to: str,
+        timeout: float,
+        then: Callable[[], object] | None,
+        *,
+        repeats: bool = False,
     ) -> Awaitable[R]:
         peer = self.presence.peers.get(to)
         if peer is not None and peer.draining and not repeats:  # what it has it finishes, and it repeats its answers
             raise Draining(node=to)
         if to in self.presence.silent:
             raise Unreachable(node=to, reason="it has fallen silent")
-        return self.calls.call(behavior, message, to, timeout)
+        return self.calls.call(behavior, message, to, timeout, then)
 
     def _that_handle(self, kind: str) -> Sequence[str]:
         """Return the nodes that take requests of a kind, each time beginning with another one."""

@@ -185,11 +185,16 @@ class Pipeline:
 
 
 def _each(thens: list[Callable[[], object]]) -> None:
-    for then in thens:
+    """Call each one once, though the message may be sent several times: to one node after the other."""
+    while thens:
+        then = thens.pop(0)
         try:
             then()
-        except Exception as error:  # noqa: BLE001 - the message is delivered already
-            report(error, "a stage failed after the message was delivered", then)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - the message is delivered already
+            failure = error if isinstance(error, Exception) else RuntimeError(f"it raised {type(error).__name__}")
+            report(failure, "a stage failed after the message was delivered", then)
 
 
 def _careful(stage: Stage, check: Callable[[Any], None]) -> Callable[[Message[Any]], Outcome]:
