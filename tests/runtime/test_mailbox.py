@@ -349,3 +349,52 @@ def test_whatever_happens_each_item_is_handled_once_and_in_order(
         await boxed.end()
 
     run(main)
+
+
+@given(
+    st.integers(1, 4),
+    st.booleans(),
+    st.lists(st.tuples(st.sampled_from(["put", "cancel", "turn", "pause"]), st.integers(0, 3), st.integers(0, 10))),
+)
+def test_whichever_worker_is_cancelled_wherever_it_is_all_items_begin_and_one_worker_is_left(
+    max_concurrent: int, eager: bool, program: list[tuple[str, int, int]]
+) -> None:
+    """Where it has just been woken, is idle, runs a handler, or lets others run in between."""
+
+    async def main() -> None:
+        if eager:
+            asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory", None))
+        boxed = Boxed(max_mailbox=1000, max_concurrent=max_concurrent)
+        boxed.box.FAIRNESS = 2
+        boxed.box.open()
+        accepted: list[int] = []
+
+        def put(seconds: int) -> None:
+            assert boxed.box.offer(thing(seconds))
+            accepted.append(seconds)
+
+        for verb, argument, at in program:
+            workers = [task for task in asyncio.all_tasks() if task in boxed.supervisor]
+            assert len(workers) <= max_concurrent
+            if verb == "put":
+                for _ in range(argument + 1):
+                    put(at % 3)
+            elif verb == "cancel" and workers:
+                sorted(workers, key=asyncio.Task.get_name)[at % len(workers)].cancel()
+            elif verb == "turn":
+                for _ in range(argument):
+                    await asyncio.sleep(0)
+            elif verb == "pause":
+                await asyncio.sleep(argument / 2)
+        await asyncio.sleep(3 * len(accepted))
+        assert boxed.begun == accepted
+        assert boxed.most <= max_concurrent
+        for seconds in (1, 0, 0, 0):
+            put(seconds)
+            await asyncio.sleep(0.5)
+            assert boxed.begun == accepted, "one that is idle is woken"
+        await asyncio.sleep(1)
+        assert len_of(boxed) == 1
+        await boxed.end()
+
+    run(main)
