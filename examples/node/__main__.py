@@ -1,4 +1,6 @@
-"""One node of the example mesh, in a process of its own. First make a key for each, and note who they are:
+"""One node of the example mesh, in a process of its own.
+
+First make a key for each node, and note who they are:
 
     python -m examples.node --name alice --id >> ids
     python -m examples.node --name bob --id >> ids
@@ -88,7 +90,9 @@ async def main(given: argparse.Namespace, identity: Identity, stash: Stash) -> N
         asyncio.get_running_loop().add_signal_handler(number, stop)
     async with runtime:
         print(f"{given.name} is {identity.node_id}", flush=True)
-        print(f"{given.name} listens on {given.transport.address}" if given.listen else "it listens nowhere", flush=True)
+        print(
+            f"{given.name} listens on {given.transport.address}" if given.listen else "it listens nowhere", flush=True
+        )
 
         async def obey() -> None:
             await console.run()

@@ -114,7 +114,7 @@ class Console:
                 written = data
             elif data != written:
                 print(f"{name} gave back another file than the first one did: see which you want", flush=True)
-        print(f"{path} is written" if written is not None else "nobody here gave anything back", flush=True)
+        print(f"recovered to {path}" if written is not None else "nothing recovered: nobody here gave it", flush=True)
 
     async def tease(self, name: str) -> None:
         """Tease a node."""
