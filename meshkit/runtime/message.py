@@ -5,10 +5,11 @@
 """
 
 import math
-import os
 from typing import Generic, TypeVar
 
 import msgspec
+
+from meshkit._entropy import random_bytes
 
 __all__ = ["MAX_ID", "MAX_NAME", "Ids", "Message", "check_id", "check_name", "is_name"]
 
@@ -74,7 +75,7 @@ class Ids:
         """Return an id that was never used."""
         at = self._at
         if at == len(self._drawn):
-            self._drawn = os.urandom(16 * 256).hex()
+            self._drawn = random_bytes(16 * 256).hex()
             at = 0
         self._at = at + 32
         return self._drawn[at : at + 32]
