@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -72,7 +72,7 @@ class Node:
 
 
 @asynccontextmanager
-async def running(name: str, program: Sequence[str], *options: str) -> AsyncIterator[Node]:
+async def running(name: str, program: Sequence[str], *options: str) -> AsyncGenerator[Node, None]:
     """Start a node; whatever happens, its process has ended afterwards."""
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
