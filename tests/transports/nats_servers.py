@@ -36,18 +36,17 @@ needs_a_server = pytest.mark.skipif(binary() is None, reason="there is no nats-s
 class NatsServer:
     """A server. `port` stays the same when it is started again."""
 
-    def __init__(self, config: str = "", *, host: str = "127.0.0.1", arguments: Sequence[str] = ()) -> None:
+    def __init__(self, config: str = "", *, clustered: bool = False, routes: Sequence[str] = ()) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nats-"))
-        self.host = host
         self.port = 0
         self.cluster_port = 0
         self._config = config
-        self._arguments = [*arguments]
+        self._clustered, self._routes = clustered, routes
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
-        return f"nats://{self.host}:{self.port}"
+        return f"nats://127.0.0.1:{self.port}"
 
     @property
     def log(self) -> str:
@@ -63,10 +62,10 @@ class NatsServer:
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    *(command, "-a", self.host, "-p", str(self.port or -1)),
+                    *(command, "-a", "127.0.0.1", "-p", str(self.port or -1)),
                     *("-c", str(self.folder / "config"), "--ports_file_dir", str(self.folder)),
-                    *(("--cluster", f"nats://127.0.0.1:{self.cluster_port}") if self.cluster_port else ()),
-                    *self._arguments,
+                    *(("--cluster", f"nats://127.0.0.1:{self.cluster_port or -1}") if self._clustered else ()),
+                    *(("--routes", ",".join(self._routes)) if self._routes else ()),
                 ],
                 stdout=log,
                 stderr=log,
@@ -127,9 +126,11 @@ def cluster(count: int) -> Iterator[list[NatsServer]]:
     """Run a cluster of servers; each knows the others."""
     config = 'cluster { name: "tests" }'
     with contextlib.ExitStack() as stack:
-        first = stack.enter_context(NatsServer(config, arguments=["--cluster", "nats://127.0.0.1:-1"]))
-        routes = ["--routes", f"nats://127.0.0.1:{first.cluster_port}", "--cluster", "nats://127.0.0.1:-1"]
-        yield [first, *(stack.enter_context(NatsServer(config, arguments=routes)) for _ in range(count - 1))]
+        servers: list[NatsServer] = []
+        for _ in range(count):
+            routes = [f"nats://127.0.0.1:{server.cluster_port}" for server in servers]
+            servers.append(stack.enter_context(NatsServer(config, clustered=True, routes=routes)))
+        yield servers
 
 
 async def until(happened: Callable[[], object]) -> None:

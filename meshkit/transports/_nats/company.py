@@ -54,13 +54,16 @@ class Company:
             return self._heard_again(node, peer, told)
         if told.says is Says.GOODBYE or told.number <= self._past.get((node, told.session), -1):
             return Then()
+        full = peer is None and len(self.peers) >= self._max_peers
         if told.echo != self.session:  # it may be a replay: let it prove that it is not
+            if full:
+                return Then(full=True)
             if (node, told.session) in self._asked or len(self._asked) >= self._max_peers:
                 return Then()
             self._asked.add((node, told.session))
             return Then(answer=Says.HERE_AND_WHO_ARE_YOU)
-        if peer is None and len(self.peers) >= self._max_peers:
-            return Then(full=True)
+        if full:
+            return Then(answer=Says.GOODBYE, full=True)  # it was asked when there was room
         if peer is not None:
             self._forget(node)
         self.peers[node] = _Peer(told.session, told.number)

@@ -51,17 +51,21 @@ class Connector:
         denied = all(isinstance(error, PermissionError) for error in errors)
         raise (PermissionError if denied else ConnectionError)("; ".join(map(str, errors)))
 
-    async def again(self, lost: Link) -> Link:
-        """Connect again, however long it takes."""
+    def lost(self, link: Link) -> None:
+        """Take note that a connection is lost; what it told of the cluster is remembered."""
+        self._servers.discovered(link.cluster())
+        self._servers.lost(link.server)
         now = _time.now()
-        self.trouble = f"the connection to the NATS server {lost.server} is lost ({lost.ended.result()})"
+        self.trouble = f"the connection to the NATS server {link.server} is lost ({link.ended.result()})"
         if now - self._began >= self.STABLE:
             self._failures = 0
         if not self._failures:
             self._outage = now
             _log.warning("%s; this node tries to connect again", self.trouble)
         self._failures += 1
-        self._servers.lost(lost.server)
+
+    async def again(self) -> Link:
+        """Connect again, however long it takes."""
         denied = False
         while True:
             await anyio.sleep(self._backoff.delay(self._failures, random.random))

@@ -86,7 +86,8 @@ class Link(Client):
         super().__init__()
         self.server = server
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.denied = ""  # the last thing that the server does not permit
+        self.denied = ""  # the first thing that the server does not permit
+        self._checked = False
         self._receive = receive
         self._unanswered = unanswered
         self._transport = self._socket = _Socket(tls=server.tls, on_end=self.end)
@@ -133,6 +134,7 @@ class Link(Client):
 
     def check(self, max_frame: int) -> None:
         """Raise what speaks against using this connection."""
+        self._checked = True
         if self.ended.done():
             raise ConnectionError(self.ended.result())
         if self.denied:
@@ -183,7 +185,8 @@ class Link(Client):
             self.end(f"it said: {text}")
         elif not self.denied:
             self.denied = text
-            _log.warning("the NATS server %s does not permit what the mesh needs: %s", self.server, text)
+            if self._checked:
+                _log.warning("the NATS server %s does not permit what the mesh needs: %s", self.server, text)
 
     async def _process_op_err(self, e: Exception) -> None:
         self.end(str(e))
@@ -252,6 +255,8 @@ def _explained(error: Exception, server: Server, timeout: float) -> OSError:
     if isinstance(error, ssl.SSLCertVerificationError):
         why = f"its certificate is not accepted ({error.verify_message}): give an ssl.SSLContext that knows its CA"
         return ConnectionError(f"{where}{why}, as tls=")
+    if "INFO message" in text:
+        return ConnectionError(f"{where}whoever listens there is no NATS server")
     if isinstance(error, PermissionError) or "permissions violation" in text.lower():
         return PermissionError(f"{where}it does not permit what the mesh needs: {text}")
     if "authorization" in text.lower() or "authentication" in text.lower():

@@ -3,13 +3,13 @@
 import asyncio
 import functools
 import logging
-import os
 import ssl
 from contextlib import suppress
 from dataclasses import dataclass
 
 import anyio
 
+from meshkit._entropy import random_bytes
 from meshkit.errors import Closed, Overloaded, Unreachable
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.identity import public_key_of
@@ -63,7 +63,6 @@ class Mesh:
         self.link: Link | None = None
         self._receiver = receiver
         self._prover = prover
-        self._servers = servers
         self._options = options
         self._node = prover.identity.node_id.encode()
         self._prefix = options.subject.encode() + b"."
@@ -140,10 +139,10 @@ class Mesh:
             try:
                 await asyncio.wait([link.ended])
             finally:
-                self._down()
+                self._down(link)
                 with anyio.CancelScope(shield=True):
                     await link.abort()
-            link = await self._connector.again(link)
+            link = await self._connector.again()
 
     async def _connect(self, server: Server) -> Link:
         options = self._options
@@ -163,7 +162,7 @@ class Mesh:
         """Use a connection: ask who is there."""
         self.link = link
         self._number = self._ticks = self._quiet = 0
-        session = os.urandom(SESSION_SIZE)
+        session = random_bytes(SESSION_SIZE)
         self._sessions.add(session)
         self.company = Company(session, self._options.limits.max_peers)
         self._say(Says.HERE_AND_WHO_ARE_YOU)
@@ -171,13 +170,14 @@ class Mesh:
         if not self._joined.done():
             self._joined.set_result(None)
 
-    def _down(self) -> None:
+    def _down(self, link: Link) -> None:
         """Do without the connection: nobody can be reached."""
         self.link = None
         if self._timer is not None:
             self._timer.cancel()
         peers, self.company = list(self.company.peers), Company(b"", 0)
         if not self._closed:
+            self._connector.lost(link)
             for node in peers:
                 self._receiver.lost(node)
 
@@ -191,7 +191,6 @@ class Mesh:
         if link is None or self._closed:
             return None
         self._timer = self._loop.call_later(self._tick_time, self._tick)
-        self._servers.discovered(link.cluster())
         self._quiet = 0 if link.was_heard() else self._quiet + 1
         if self._quiet >= self.QUIET:
             return link.end(f"nothing came from it for {self.QUIET * self._tick_time:g} s")

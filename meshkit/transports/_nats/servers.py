@@ -68,10 +68,11 @@ class Servers:
         self._lost: Server | None = None
 
     def discovered(self, servers: Iterable[Server]) -> None:
-        """Take note of the other servers of the cluster. They replace those that another server told of."""
+        """Take note of the other servers of the cluster. They replace those that another server told of before."""
         known = {(server.host, server.port) for server in self._given}
         fresh = {(server.host, server.port): server for server in servers}
-        self._discovered = [server for at, server in fresh.items() if at not in known][:_MAX_DISCOVERED]
+        others = [server for at, server in fresh.items() if at not in known][:_MAX_DISCOVERED]
+        self._discovered = others or self._discovered  # one that knows no other is cut off from them
 
     def lost(self, server: Server) -> None:
         """Take note that a server was lost: it is tried last."""
