@@ -14,6 +14,7 @@ import pytest
 from examples.node import story
 from examples.node.__main__ import run
 from meshkit import Identity
+from tests.transports.nats_servers import NatsServer, needs_a_server
 
 pytestmark = pytest.mark.real_time
 FORGER = "from examples.node.__main__ import run; from tests.test_examples_mesh import Forger; run(Forger)"
@@ -34,6 +35,13 @@ def test_the_file_of_a_killed_owner_comes_back_from_the_confidants(
     out = capsys.readouterr().out
     assert out.count("gave back 150,000 bytes") == 2
     assert "NO" not in out.split("summary")[1]
+
+
+@needs_a_server
+def test_the_same_story_over_nats(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with NatsServer() as server:
+        assert story.main(file, {}, [server.url]) == 0
+    assert "NO" not in capsys.readouterr().out.split("summary")[1]
 
 
 def test_confidants_that_give_other_bytes_back_are_named_and_the_story_fails(
@@ -165,7 +173,10 @@ def fails(monkeypatch: pytest.MonkeyPatch, *options: str) -> SystemExit:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ([], "say where it listens with --listen, or whom it joins with --join"),
+        ([], "say where it listens with --listen and whom it joins with --join; or, over NATS, only --nats"),
+        (["--listen", ":0", "--nats", "nats://127.0.0.1"], "or, over NATS, only --nats"),
+        (["--nats", "nats://127.0.0.1"], "this reaches beyond this machine: say with --trust whom it trusts"),
+        (["--nats", "http://127.0.0.1"], "http://127.0.0.1"),
         (["--listen", "7001"], 'listen must be "host:port", such as "127.0.0.1:7001"'),
         (["--listen", ":7001"], "this reaches beyond this machine: say with --trust whom it trusts"),
         (["--join", "127.0.0.1:x"], "an address in join must be"),
@@ -179,7 +190,7 @@ def test_what_was_typed_wrongly_is_said_in_a_line(
     assert says in capsys.readouterr().err
 
 
-def test_a_busy_port_and_a_key_that_cannot_be_used_are_said_in_a_line(
+def test_a_busy_port_no_server_and_a_key_that_cannot_be_used_are_said_in_a_line(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
@@ -190,6 +201,9 @@ def test_a_busy_port_and_a_key_that_cannot_be_used_are_said_in_a_line(
     (tmp_path / "bad.key").chmod(0o600)
     error = fails(monkeypatch, "--key", str(tmp_path / "bad.key"), "--listen", "127.0.0.1:0")
     assert "bad.key is not a key file, or is damaged" in str(error.code)
+    trust = ["--trust", Identity.generate().node_id]
+    error = fails(monkeypatch, "--key", str(tmp_path), "--nats", f"nats://{address}", *trust)
+    assert f"NATS server {address}: nobody listens there" in str(error.code)
     error = fails(monkeypatch, "--key", str(tmp_path / "no" / "key"), "--id")
     assert "make this directory for the key file first" in str(error.code)
 

@@ -9,6 +9,10 @@ Then start each in a terminal of its own, and type `help`:
 
     python -m examples.node --name alice --listen 127.0.0.1:7001 --trust $(cat ids)
     python -m examples.node --name bob --listen 127.0.0.1:7002 --join 127.0.0.1:7001 --trust $(cat ids)
+
+Or all of them over a NATS server:
+
+    python -m examples.node --name alice --nats nats://127.0.0.1:4222 --trust $(cat ids)
 """
 
 import argparse
@@ -26,6 +30,7 @@ from examples.mesh.stash import Stash
 from examples.node.console import Console
 from meshkit import Identity, Logger, MeshkitError, Runtime, TcpTransport
 from meshkit.runtime.identity import public_key_of
+from meshkit.transports import NatsTransport
 
 
 def node_id(text: str) -> str:
@@ -46,6 +51,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--id", action="store_true", help="only print the id of the node, for others to trust")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where others reach it; port 0: any that is free")
     parser.add_argument("--join", metavar="HOST:PORT", nargs="+", default=[], help="where others are: one is enough")
+    parser.add_argument("--nats", metavar="URL", nargs="+", help="servers of NATS, in the place of --listen and --join")
     parser.add_argument(
         "--trust", metavar="ID", nargs="+", type=node_id, help="who may join (default, on one machine only: anyone)"
     )
@@ -55,11 +61,11 @@ def arguments() -> argparse.Namespace:
         parsed.key /= f"{parsed.name}.key"
     if parsed.id:
         return parsed
-    if not (parsed.listen or parsed.join):
-        parser.error("say where it listens with --listen, or whom it joins with --join")
+    if bool(parsed.nats) == bool(parsed.listen or parsed.join):
+        parser.error("say where it listens with --listen and whom it joins with --join; or, over NATS, only --nats")
     try:
-        parsed.transport = TcpTransport(parsed.listen, join=parsed.join)
-    except ValueError as error:
+        parsed.transport = NatsTransport(parsed.nats) if parsed.nats else TcpTransport(parsed.listen, join=parsed.join)
+    except (ValueError, ModuleNotFoundError) as error:
         parser.error(str(error))
     if parsed.transport.exposed and parsed.trust is None:
         parser.error("this reaches beyond this machine: say with --trust whom it trusts")
@@ -90,9 +96,8 @@ async def main(given: argparse.Namespace, identity: Identity, stash: Stash) -> N
         asyncio.get_running_loop().add_signal_handler(number, stop)
     async with runtime:
         print(f"{given.name} is {identity.node_id}", flush=True)
-        print(
-            f"{given.name} listens on {given.transport.address}" if given.listen else "it listens nowhere", flush=True
-        )
+        if given.listen:
+            print(f"{given.name} listens on {given.transport.address}", flush=True)
 
         async def obey() -> None:
             await console.run()

@@ -90,7 +90,7 @@ async def running(name: str, program: Sequence[str], *options: str) -> AsyncGene
             await listening
 
 
-async def story(file: Path, folder: Path, programs: Mapping[str, Sequence[str]]) -> bool:
+async def story(file: Path, folder: Path, programs: Mapping[str, Sequence[str]], nats: Sequence[str]) -> bool:
     """Play the story; return whether the file came back as it was."""
     before = await anyio.Path(file).read_bytes()
     keys = {name: folder / f"{name}.key" for name in NAMES}
@@ -99,13 +99,14 @@ async def story(file: Path, folder: Path, programs: Mapping[str, Sequence[str]])
     async with AsyncExitStack() as stack:
 
         async def start(name: str, listen: str, *join: str) -> Node:
-            options = ["--key", str(keys[name]), "--listen", listen, *(["--join", *join] if join else []), *trust]
+            tcp = ["--listen", listen, *(["--join", *join] if join else [])]
+            options = ["--key", str(keys[name]), *(["--nats", *nats] if nats else tcp), *trust]
             return await stack.enter_async_context(running(name, programs.get(name, PROGRAM), *options))
 
         async def address(node: Node) -> str:
-            return (await node.says(f"{node.name} listens on")).split()[-1]
+            return "" if nats else (await node.says(f"{node.name} listens on")).split()[-1]
 
-        heading("five nodes start; four of them are told where the first one is")
+        heading("five nodes start" + ("" if nats else "; four of them are told where the first one is"))
         alice = await start("alice", "127.0.0.1:0")
         first = await address(alice)
         others = {name: await start(name, "127.0.0.1:0", first) for name in NAMES[1:]}
@@ -162,7 +163,7 @@ async def story(file: Path, folder: Path, programs: Mapping[str, Sequence[str]])
     return all(checks.values())
 
 
-def main(file: Path, programs: Mapping[str, Sequence[str]]) -> int:
+def main(file: Path, programs: Mapping[str, Sequence[str]], nats: Sequence[str] = ()) -> int:
     """Play the story, with these programs in the place of some nodes; return the exit code."""
 
     async def play() -> bool:
@@ -170,7 +171,7 @@ def main(file: Path, programs: Mapping[str, Sequence[str]]) -> int:
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         with tempfile.TemporaryDirectory() as folder:
-            return await story(file, Path(folder), programs)
+            return await story(file, Path(folder), programs, nats)
 
     try:
         return 0 if asyncio.run(play()) else 1
@@ -188,7 +189,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m examples.node.story", description=__doc__)
     default = Path(__file__).parents[2] / "docs" / "design.md"
     parser.add_argument("--file", type=Path, default=default, help="what is stashed (default: docs/design.md)")
-    chosen = parser.parse_args().file.absolute()
+    parser.add_argument("--nats", metavar="URL", nargs="+", default=[], help="servers of NATS (default: over TCP)")
+    given = parser.parse_args()
+    chosen = given.file.absolute()
     if not (chosen.is_file() and os.access(chosen, os.R_OK)):
         parser.error(f"--file {chosen} is not a file that can be read")
-    sys.exit(main(chosen, {}))
+    sys.exit(main(chosen, {}, given.nats))
