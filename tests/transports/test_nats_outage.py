@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -44,7 +45,9 @@ async def test_when_the_server_is_killed_all_are_lost_at_once_and_found_when_it_
             await alice.loses(carol)
             await bob.loses(alice)
             for _ in range(3):
-                with pytest.raises(Unreachable, match=f"the NATS server 127.0.0.1:{server.port} is lost|nobody listens"):
+                with pytest.raises(
+                    Unreachable, match=f"the NATS server 127.0.0.1:{server.port} is lost|nobody listens"
+                ):
                     alice.transport.send(bob.id, b"from the outage")
                 alice.transport.broadcast(b"from the outage")
             assert alice.transport.server is None
@@ -116,8 +119,6 @@ async def test_a_loop_that_stood_still_loses_nobody() -> None:
         mesh = alice.transport._mesh
         assert mesh is not None
         ticks = mesh._ticks
-        import time
-
         time.sleep(3 * QUICK.heartbeat)  # noqa: ASYNC251 - that is the point
         await until(lambda: mesh._ticks > ticks + 4)
         assert not alice.told("lost", bob)
@@ -175,11 +176,11 @@ async def test_the_other_servers_of_a_cluster_are_found_with_the_same_credential
 class Nats(Runtime):
     def __init__(self, name: str, servers: str | Sequence[str], *services: Service, subject: str = "meshkit") -> None:
         self.stash = Stash()
-        transport = NatsTransport(servers, subject=subject, limits=QUICK)
+        self.transport = NatsTransport(servers, subject=subject, limits=QUICK)
         super().__init__(
             name,
             [self.stash, *services],
-            transport=transport,
+            transport=self.transport,
             identity=identity(name),
             trust=TRUST,
             grace=0.1,
@@ -209,26 +210,27 @@ async def test_everyone_can_ask_everyone_whatever_the_size() -> None:
                 assert await node.call(STORE, Store("map", bytes(500_000)), to=other.node) == StoreAck(500_000)
         replies = await alice.call_many(STORE, Store("all"))
         assert len(replies.replies) == 3
-        with pytest.raises(ValueError, match="a payload of .* bytes does not fit into a frame"):
+        with pytest.raises(ValueError, match=r"a payload of .* bytes does not fit into a frame"):
             await alice.call(STORE, Store("map", bytes(1024 * 1024)), to=bob.node)
         calls = [carol.call(SLEEP, 0.05, to=bob.node) for _ in range(8)]
         assert await asyncio.gather(*calls) == [0.05] * 8
         assert len(bob.stash.begun) == 3 + 1 + 8
 
 
-async def test_who_waits_for_a_node_that_is_killed_or_for_any_when_the_server_is_knows_long_before_the_timeout() -> None:
+async def test_who_waits_for_a_node_that_is_killed_or_for_any_when_the_server_is_knows_long_before_the_timeout() -> (
+    None
+):
     with NatsServer() as server:
         alice, bob, carol = nodes = [Nats(name, server.url) for name in NAMES]
         async with mesh_of(*nodes):
             calls = [asyncio.create_task(alice.call(SLEEP, 500.0, to=bob.node, timeout=1000)) for _ in range(3)]
             other = asyncio.create_task(alice.call(SLEEP, 500.0, to=carol.node, timeout=1000))
             await until(lambda: len(bob.stash.begun) == 3 and carol.stash.begun)
-            transport = bob._transport
-            assert isinstance(transport, NatsTransport)
-            assert transport._mesh is not None
-            assert transport._mesh.link is not None
-            transport._mesh._closed = True  # from now on it says nothing
-            transport._mesh.link._socket.abort()
+            mesh = bob.transport._mesh
+            assert mesh is not None
+            assert mesh.link is not None
+            mesh._closed = True  # from now on it says nothing
+            mesh.link._socket.abort()
             with anyio.fail_after(PATIENCE):
                 outcomes = await asyncio.gather(*calls, return_exceptions=True)
             assert [type(outcome) for outcome in outcomes] == [PeerLost] * 3
@@ -316,12 +318,8 @@ async def test_a_cluster_of_three_loses_any_one_and_the_mesh_heals() -> None:
         async with mesh_of(*nodes):
             for server in servers:
                 server.kill()
-                transports = [node._transport for node in nodes]
-                assert all(isinstance(transport, NatsTransport) for transport in transports)
-                here = f"127.0.0.1:{server.port}"
-                await until(
-                    lambda here=here: all(t.server not in {here, None} for t in transports)  # type: ignore
-                )
+                gone = {f"127.0.0.1:{server.port}", None}
+                await until(lambda gone=gone: all(node.transport.server not in gone for node in nodes))  # type: ignore[misc]
                 policy = RetryPolicy(max_retries=1000, base_delay=0.02, max_delay=0.1, timeout=PATIENCE)
                 retrier = Retrier(policy, on=(Refused, OutcomeUnknown), idempotent=True)
                 for node in nodes:

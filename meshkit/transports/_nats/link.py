@@ -135,6 +135,8 @@ class Link(Client):
     def check(self, max_frame: int) -> None:
         """Raise what speaks against using this connection."""
         self._checked = True
+        if self._reading_task is not None:
+            self._reading_task.add_done_callback(self._on_reader_end)
         if self.ended.done():
             raise ConnectionError(self.ended.result())
         if self.denied:
@@ -178,6 +180,9 @@ class Link(Client):
         answer = self._answers.popleft() if self._answers else None
         if answer is not None and not answer.done():
             answer.set_result(None)
+
+    def _on_reader_end(self, _: object) -> None:
+        self.end("it sent what is not understood")  # unless there is another reason already
 
     async def _process_err(self, err_msg: str) -> None:
         text = err_msg.strip("' ")
