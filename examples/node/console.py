@@ -91,6 +91,8 @@ class Console:
 
     async def put(self, path: str) -> None:
         """Stash a file."""
+        if not await anyio.Path(path).is_file():
+            raise ValueError("there is no such file")
         data = await anyio.Path(path).read_bytes()
         await self.stash.put([data])
         keep = ", ".join(sorted(name_of(self.rt, peer) for peer in self.stash.confidants)) or "nobody yet"

@@ -84,8 +84,9 @@ async def running(name: str, program: Sequence[str], *options: str) -> AsyncGene
     try:
         yield node
     finally:
-        with suppress(ProcessLookupError):
-            process.kill()  # which ends a frozen one, too
+        if process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)  # which ends a frozen one, too
         with anyio.CancelScope(shield=True):
             await listening
 

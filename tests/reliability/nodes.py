@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 from collections import Counter
@@ -158,8 +159,9 @@ class Process:
 
     async def end(self) -> None:
         """Kill it, if it has not ended."""
-        with suppress(ProcessLookupError):
-            self.process.kill()
+        if self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.process.pid, signal.SIGKILL)  # not Popen.kill(): it may reap, and asyncio then complains
         with anyio.CancelScope(shield=True):
             await self.process.wait()
             await self._reading
