@@ -84,7 +84,7 @@ class Load:
 
 
 async def scenario(report: Report) -> None:
-    calls, timeout, heartbeat = (80, 1.0, 0.5) if report.quick else (1_000, 1.0, 2.0)
+    calls, timeout, heartbeat = (80, 0.8, 0.3) if report.quick else (1_000, 1.0, 2.0)
     silent = 3.5 * heartbeat  # seconds after which the runtime itself does not ask any more
     async with (
         node("caller", "127.0.0.1:0", heartbeat=heartbeat) as rt,
