@@ -127,6 +127,11 @@ class SimLoop(VirtualTimeLoop):
         return random.Random(f"{self.seed} {purpose}")
 
     @property
+    def now(self) -> float:
+        """The time of the simulation in seconds, whatever the clock of a machine says."""
+        return self._now
+
+    @property
     def tasks(self) -> "list[asyncio.Task[Any]]":
         """The unfinished tasks, in the order in which they were made (`asyncio.all_tasks` has no order)."""
         return sorted(asyncio.all_tasks(self), key=self._number)

@@ -579,7 +579,7 @@ def test_a_paused_machine_does_nothing_and_does_it_all_late_when_it_is_resumed()
         async def tick() -> None:
             for _ in range(4):
                 await asyncio.sleep(1)
-                ticks.append(sim._now)
+                ticks.append(sim.now)
 
         task = machine.create_task(tick())
         await asyncio.sleep(1.5)
