@@ -1,6 +1,9 @@
 """The transport over NATS, an engine that many machines share: where a mesh goes that has outgrown TCP.
 
-Needs nats-py: `pip install "meshkit[nats]"`; and a NATS server, from 2.2 on (see docs/nats.md).
+Needs nats-py: `pip install "meshkit[nats]"`; and a NATS server (see docs/nats.md).
+
+>>> NatsTransport(["nats://10.0.0.1", "nats://user:password@10.0.0.2:4333"], subject="shop")
+NatsTransport(not connected, 'shop', peers=0)
 
 A node connects to one server of a cluster, and to another when that one is lost. It announces itself, and proves to
 each other node that it is there, and who it is; so each knows who is up. What is sent is sealed by the runtime.

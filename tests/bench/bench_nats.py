@@ -20,7 +20,7 @@ from meshkit.runtime import Runtime
 from meshkit.transports import NatsLimits, NatsTransport
 from tests.bench.bench_tcp import ECHO, IDENTITIES, NEWS, TRUST, Blob, Echo, everybody
 from tests.bench.harness import Compare, Fact, Measure
-from tests.transports.nats_servers import any_url
+from tests.transports.nats_servers import any_url, binary
 
 PATIENT = NatsLimits(connect_timeout=60.0)
 """All nodes share one loop here, which does nothing else than prove things while they meet."""
@@ -35,7 +35,8 @@ def bare_request(callers: int, size: int = 128) -> Work:
             await message.respond(message.data)
 
         await answers.subscribe("bench.echo", cb=answer)
-        await answers.flush()
+        await answers.flush()  # its ping overtakes the subscription, which leaves
+        await answers.flush()  # before this one
         body = bytes(size)
         await everybody(lambda: asks.request("bench.echo", body, timeout=60), n, callers)
         await asks.close()
@@ -123,12 +124,14 @@ def forming(n: int) -> float:
 
 def measures() -> list[Measure]:
     """Return the comparisons."""
+    if binary() is None:
+        return []  # there is no server to measure with
     any_url()  # it is started here, and not where time is taken
     return [
         Compare(
-            "sealed call, 100 in flight / nats-py request, CPU", bare_request(100), sealed_call(100), 5_000, goal=1.0
+            "sealed call, 100 in flight / nats-py request, CPU", bare_request(100), sealed_call(100), 20_000, goal=1.0
         ),
-        Compare("sealed call, 1 in flight / nats-py request, CPU", bare_request(1), sealed_call(1), 1_000),
+        Compare("sealed call, 1 in flight / nats-py request, CPU", bare_request(1), sealed_call(1), 3_000),
         *(
             Fact(f"{what}, {callers} in flight", microseconds(work(callers)), 5_000, "µs", rounds=3)
             for callers in (100, 1)

@@ -160,7 +160,7 @@ async def test_when_the_start_returns_the_server_knows_the_node(server: NatsServ
             with pytest.raises(TimeoutError):  # and not that nobody is there
                 await other.client.request(f"meshkit.{node.id}.somebody", b"", timeout=0.05)
         with pytest.raises(NoRespondersError):
-            await other.client.request(f"meshkit.{node.id}.somebody", b"", timeout=PATIENCE)
+            await other.client.request("meshkit.nobody.somebody", b"", timeout=PATIENCE)
 
 
 async def test_a_start_that_is_closed_meanwhile_ends_and_leaves_nothing(server: NatsServer) -> None:

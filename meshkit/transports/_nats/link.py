@@ -105,6 +105,10 @@ class Link(Client):
         if not self.ended.done():
             self._socket.write(b"PUB %b %b %d\r\n%b\r\n" % (subject, reply, len(data), data))
 
+    def subscribe_now(self, subject: bytes, number: int) -> None:
+        """Subscribe. The client's own way would let pings overtake it, and `taken_in` return too soon."""
+        self._socket.write(b"SUB %b %d\r\n" % (subject, number))
+
     def ping(self) -> None:
         """Ask the server for a sign of life."""
         self._ping(None)
@@ -232,8 +236,8 @@ async def connect(
                 user_credentials=credentials,
                 **{key: value for key, value in options.items() if value is not None},
             )
-            for subject in subjects:
-                await link.subscribe(subject.decode())
+            for number, subject in enumerate(subjects, 1):
+                link.subscribe_now(subject, number)
             await link.taken_in()
             link.check(max_frame)
     except BaseException as error:
