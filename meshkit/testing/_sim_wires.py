@@ -76,7 +76,7 @@ class Place:
     node: str
     receiver: Receiver
     context: contextvars.Context  # in which the node is called: it says on which machine that is
-    peers: "dict[str, Place]" = field(default_factory=lambda: dict[str, "Place"]())
+    peers: "dict[str, Place]" = field(default_factory=dict[str, "Place"])
     crashed: bool = False
 
 
@@ -99,7 +99,7 @@ class Pipe:
 
     last: float = 0.0  # when the last of those that keep their order arrives
     size: int = 0  # bytes
-    held: deque[Packet] = field(default_factory=lambda: deque[Packet]())
+    held: deque[Packet] = field(default_factory=deque[Packet])
 
 
 class Wires:
