@@ -19,6 +19,7 @@ import contextlib
 import contextvars
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from itertools import permutations
 from typing import TypeAlias
 
 from meshkit.errors import Closed, Overloaded, Unreachable
@@ -93,7 +94,7 @@ class SimNetwork:
 
     def release(self, one: Nodes | None = None, other: Nodes | None = None, *, one_way: bool = False) -> None:
         """End holds: between these nodes, or all of them. What waited arrives, in order, as if it was sent now."""
-        pairs = self._pairs(self._known, self._known, one_way) if one is None else self._pairs(one, other, one_way)
+        pairs = list(permutations(self._known, 2)) if one is None else self._pairs(one, other, one_way)
         self._held.difference_update(self._held.copy() if one is None else pairs)
         if self._wires is not None and self.nodes:
             for pair in pairs:
@@ -118,6 +119,10 @@ class SimNetwork:
         else:
             others = [other] if isinstance(other, str) else list(other)
         there = [(a, b) for a in ones for b in others if a != b]
+        if not there:
+            raise ValueError(
+                f"there are no links from {ones} to {others}; the nodes that have joined: {[*self._known]}"
+            )
         return list(dict.fromkeys(there if one_way else [*there, *((b, a) for a, b in there)]))
 
     # --- for transports

@@ -321,6 +321,20 @@ async def test_two_nodes_of_one_name_are_refused(sim: SimLoop) -> None:
     await close(alice, bob)
 
 
+@simulate(seeds=1)
+async def test_a_fault_between_nobody_is_refused(sim: SimLoop) -> None:
+    network = SimNetwork()
+    network.heal()
+    network.release()
+    [alice] = await nodes_of(network, "alice")
+    for verb in (network.cut, network.heal, network.hold, network.release):
+        with pytest.raises(
+            ValueError, match=r"no links from \['alice'\] to \[\]; the nodes that have joined: \['alice'\]"
+        ):
+            verb("alice")
+    await close(alice)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
