@@ -26,7 +26,7 @@ class Connector:
 
     FIRST_DELAY, LAST_DELAY = 0.1, 2.0
     """Seconds before a round; the latter, at most."""
-    STABLE = 5.0
+    STABLE = 1.0
     """Seconds that a connection must have lasted for its loss to be worth a line in the log, and a quick attempt."""
 
     def __init__(self, servers: Servers, connect: Callable[[Server], Awaitable[Link]]) -> None:

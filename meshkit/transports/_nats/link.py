@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import anyio
+import nats.errors
 from nats.aio.client import PING_PROTO, Client
 from nats.aio.transport import TcpTransport
 
@@ -59,7 +60,8 @@ class _Socket(TcpTransport):
         assert writer is not None, "it was not connected"  # noqa: S101 - the client connects first
         if self._tls and writer.get_extra_info("ssl_object") is None:
             raise ConnectionError("it does not offer TLS")
-        writer.write(payload)
+        if not writer.is_closing():  # else asyncio would log that, until it is noticed
+            writer.write(payload)
 
     @property
     def unsent(self) -> int:
@@ -244,7 +246,7 @@ async def connect(
         with anyio.CancelScope(shield=True):
             await link.abort()
         if isinstance(error, Exception):
-            raise _explained(error, server, timeout) from error
+            raise _explained(error, server, timeout, credentials) from error
         raise
     return link
 
@@ -253,7 +255,7 @@ async def _ignore(error: Exception) -> None:
     """Do nothing: whatever ends a connection is told by `ended`."""
 
 
-def _explained(error: Exception, server: Server, timeout: float) -> OSError:
+def _explained(error: Exception, server: Server, timeout: float, credentials: str | None) -> OSError:
     """Return the error that says what is wrong, and what to do."""
     text = str(error)
     where = f"NATS server {server}: "
@@ -270,4 +272,6 @@ def _explained(error: Exception, server: Server, timeout: float) -> OSError:
         return PermissionError(f"{where}it does not permit what the mesh needs: {text}")
     if "authorization" in text.lower() or "authentication" in text.lower():
         return PermissionError(f"{where}it does not accept the user, password, token or credentials that were given")
+    if credentials is not None and not isinstance(error, nats.errors.Error | ConnectionError):
+        return PermissionError(f"{where}the credentials file {credentials} cannot be used: {text}")
     return ConnectionError(f"{where}{text or type(error).__name__}")

@@ -4,6 +4,7 @@ import asyncio
 import functools
 import logging
 import ssl
+from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -74,7 +75,7 @@ class Mesh:
         self._timer: asyncio.TimerHandle | None = None
         self._ticks = self._quiet = 0
         self._number = 0  # of the announcements of this session
-        self._sessions: set[bytes] = set()  # of this node
+        self._sessions: deque[bytes] = deque(maxlen=16)  # of this node: what is under way of the last ones may come
         self._missed: set[str] = set()  # nodes that were lost, and have not come back
         self._told: set[str] = set()  # what is logged once
 
@@ -163,7 +164,7 @@ class Mesh:
         self.link = link
         self._number = self._ticks = self._quiet = 0
         session = random_bytes(SESSION_SIZE)
-        self._sessions.add(session)
+        self._sessions.append(session)
         self.company = Company(session, self._options.limits.max_peers)
         self._say(Says.HERE_AND_WHO_ARE_YOU)
         self._timer = self._loop.call_later(self._tick_time, self._tick)
