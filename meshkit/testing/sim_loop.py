@@ -21,6 +21,7 @@ does the same in every process, on every machine, and on every Python that meshk
 
 import asyncio
 import contextvars
+import gc
 import hashlib
 import heapq
 import itertools
@@ -79,6 +80,9 @@ class SimLoop(VirtualTimeLoop):
     MAX_STEPS = 1_000_000
     """Callbacks and task steps at one moment, before it counts as a `Livelock`."""
 
+    STEPS_PER_COLLECTION = 10_000
+    """How many steps the garbage collector waits: by itself it would come when the memory, not the seed, says so."""
+
     # Beyond what VirtualTimeLoop relies on: the deque `_ready`, the `_callback` and `_context` of a handle, the
     # `_scheduled` of a timer and `_timer_cancelled_count`. tests/testing/test_sim_loop.py fails where that changes.
     _ready: deque[Any]
@@ -103,6 +107,7 @@ class SimLoop(VirtualTimeLoop):
         self._task_numbers = itertools.count(1)
         self._timer_numbers = itertools.count(1)
         self._steps = 0
+        self._uncollected = self._collections = 0
         self._digest = hashlib.blake2b(digest_size=16)
         self._clock_resolution = 0.0  # timers are taken at their exact times, by `next_batch`
 
@@ -190,8 +195,9 @@ class SimLoop(VirtualTimeLoop):
         return task
 
     def run_forever(self) -> None:
-        """Run until `stop`; meanwhile, what is random obeys the seed."""
-        outside = random.getstate()
+        """Run until `stop`; meanwhile, what is random obeys the seed, and so does the garbage collector."""
+        collects, outside = gc.isenabled(), random.getstate()
+        gc.disable()
         random.setstate(self._random_state)
         _entropy.simulations[self] = self._entropy
         try:
@@ -202,6 +208,8 @@ class SimLoop(VirtualTimeLoop):
                 machine.resume()
             self._random_state = random.getstate()
             random.setstate(outside)
+            if collects:
+                gc.enable()
 
     # --- for the clock and the machines
 
@@ -229,6 +237,11 @@ class SimLoop(VirtualTimeLoop):
             if self._steps > self.MAX_STEPS:
                 self._steps = 0
                 raise Livelock(f"{self.MAX_STEPS} steps at one moment; " + self.where_tasks_wait())
+            self._uncollected += len(ready)
+            if self._uncollected >= self.STEPS_PER_COLLECTION:
+                self._uncollected = 0
+                self._collections += 1
+                gc.collect(2 if self._collections % 100 == 0 else 1 if self._collections % 10 == 0 else 0)
             self._put_in_order()
 
     def jump_to_next_timer(self) -> None:
@@ -270,18 +283,13 @@ class SimLoop(VirtualTimeLoop):
         if len(places) > 1:
             self._order.shuffle(places)
         ready.extend(handle or callbacks.popleft() for _, handle in places)
-        numbers = [number for number, handle in places if handle]
-        self._digest.update(struct.pack(f"<d{len(numbers)}q", self._now, *numbers))
+        steps = [(number, handle) for number, handle in places if handle]
+        self._digest.update(struct.pack(f"<d{len(steps)}q", self._now, *(number for number, _ in steps)))
         if self.log is not None:
-            self._log_steps(handle for _, handle in places if handle)
-
-    def _log_steps(self, handles: Iterable[Any]) -> None:
-        for handle in handles:
-            task = handle._callback.__self__
-            machine = handle._context.get(current)
-            on = "" if machine is None else f" on {machine.name}"
-            assert self.log is not None  # noqa: S101 - whoever calls this has looked
-            self.log(f"{self._now:.6f} #{self._number(task)} {task.get_name()}{on}")
+            for number, handle in steps:
+                machine = handle._context.get(current)
+                on = "" if machine is None else f" on {machine.name}"
+                self.log(f"{self._now:.6f} #{number} {handle._callback.__self__.get_name()}{on}")
 
     def _number(self, task: Any) -> int:
         number: int | None = getattr(task, "_sim_number", None)

@@ -1,6 +1,7 @@
 import asyncio
 import collections
 import contextvars
+import gc
 import itertools
 import math
 import os
@@ -8,7 +9,7 @@ import random
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import anyio
@@ -444,6 +445,40 @@ def test_a_mesh_has_the_same_trace_in_a_process_with_another_hash_seed_and_anoth
         traces.append(done.stdout)
     assert traces[0] == traces[1]
     assert len(set(traces[0].split())) == 3
+
+
+def test_garbage_is_collected_when_the_seed_says_so_and_not_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SimLoop, "STEPS_PER_COLLECTION", 500)
+    enabled = gc.isenabled()
+
+    async def main(sim: SimLoop) -> tuple[float, str]:
+        closed: list[float] = []
+
+        async def numbers() -> AsyncGenerator[int]:
+            try:
+                yield 1
+            finally:
+                await asyncio.sleep(0)
+                closed.append(sim.now)
+
+        async def leave_one_behind() -> None:
+            iterator = numbers()
+            cycle: list[object] = [iterator]
+            cycle.append(cycle)
+            assert await anext(iterator) == 1
+
+        await leave_one_behind()
+        for _ in range(1000):
+            await asyncio.sleep(0.001)
+        return closed[0], sim.trace
+
+    runs = set()
+    for number in (0, 150, 300, 450, 600):
+        others = [list[int]() for _ in range(number)]
+        runs.add(simulated(1, main))
+        del others
+    assert len(runs) == 1
+    assert gc.isenabled() == enabled
 
 
 def test_a_note_counts_in_the_trace_and_the_log_shows_what_runs_when() -> None:
