@@ -28,8 +28,16 @@ class Failed(Exception):
     """The story did not come to its end."""
 
 
+def say(text: str) -> None:
+    """Print a line; when nobody reads any more, go on all the same."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def heading(text: str) -> None:
-    print(f"\n\033[1m{text}\033[0m" if COLOURED else f"\n== {text}", flush=True)
+    say(f"\n\033[1m{text}\033[0m" if COLOURED else f"\n== {text}")
 
 
 class Node:
@@ -46,7 +54,7 @@ class Node:
         assert self.process.stdout is not None
         async for line in self.process.stdout:
             self.said.append(line.decode(errors="replace").rstrip())
-            print(f"\033[2m{self.name:<6}|\033[0m {self.said[-1]}" if COLOURED else f"{self.name:<6}| {self.said[-1]}")
+            say(f"\033[2m{self.name:<6}|\033[0m {self.said[-1]}" if COLOURED else f"{self.name:<6}| {self.said[-1]}")
             self.news.set()
         await self.process.wait()
         self.news.set()
@@ -54,7 +62,7 @@ class Node:
     def tell(self, command: str) -> None:
         """Type a command."""
         assert self.process.stdin is not None
-        print(f"{self.name:<6}> {command}", flush=True)
+        say(f"{self.name:<6}> {command}")
         self.process.stdin.write(f"{command}\n".encode())
 
     async def says(self, *words: str) -> str:
@@ -160,7 +168,7 @@ async def story(file: Path, folder: Path, programs: Mapping[str, Sequence[str]],
         "all nodes left cleanly": all(node.process.returncode == 0 for node in ending),
     }
     for check, passed in checks.items():
-        print(f"{check}: {'yes' if passed else 'NO'}", flush=True)
+        say(f"{check}: {'yes' if passed else 'NO'}")
     return all(checks.values())
 
 
@@ -178,9 +186,6 @@ def main(file: Path, programs: Mapping[str, Sequence[str]], nats: Sequence[str] 
         return 0 if asyncio.run(play()) else 1
     except Failed as error:
         print(f"it went wrong: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # nobody reads any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
