@@ -469,6 +469,8 @@ def test_garbage_is_collected_when_the_seed_says_so_and_not_the_memory(monkeypat
 
         await leave_one_behind()
         for _ in range(1000):
+            garbage: list[object] = [[], [], []]
+            garbage.append(garbage)
             await asyncio.sleep(0.001)
         return closed[0], sim.trace
 
