@@ -5,6 +5,7 @@ import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nats.errors import NoRespondersError
 
 from meshkit.errors import Closed, Overloaded, Unreachable
 from meshkit.transports import NatsLimits, NatsTransport
+from meshkit.transports._nats.connector import Connector
 from tests.transports.nats_nodes import PATIENCE, QUICK, SLOW, Node, all_meet, running, stranger
 from tests.transports.nats_servers import NatsServer, any_url, needs_a_server, until
 
@@ -174,6 +176,24 @@ async def test_a_start_that_is_closed_meanwhile_ends_and_leaves_nothing(server: 
     server.thaw()
     async with running(node):
         pass
+
+
+async def test_a_cancellation_that_the_client_swallows_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def stubborn(connector: Connector) -> None:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(1000)
+        await asyncio.sleep(1000)
+
+    monkeypatch.setattr(Connector, "first", stubborn)
+    node = Node("alice", any_url())
+    start = asyncio.create_task(node.start())
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    start.cancel()
+    with anyio.fail_after(PATIENCE):
+        await asyncio.wait([start])
+    assert start.cancelled()
+    assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
 # --- nodes that come and go

@@ -126,9 +126,10 @@ class Mesh:
                 with anyio.move_on_after(self._options.limits.close_timeout):
                     await self.link.taken_in()
         finally:
-            self._keeper.cancel()
             with anyio.CancelScope(shield=True):  # it waits for nobody else
-                await asyncio.wait([self._keeper])
+                while not self._keeper.done():  # wait_for(), in the client, swallows a cancellation now and then
+                    self._keeper.cancel()
+                    await asyncio.wait([self._keeper], timeout=0.05)
 
     # --- the connection
 
