@@ -74,7 +74,7 @@ class SimLoop(VirtualTimeLoop):
     callbacks (`call_soon`, timers, what futures call when they are done) in the order in which they were due. Timers
     of one moment are due in the order in which they were set.
 
-    It keeps a digest of all that ran: `trace`. Cost: a quarter more than a `VirtualTimeLoop`.
+    It keeps a digest of all that ran: `trace`. Cost: up to twice that of a `VirtualTimeLoop`.
     """
 
     MAX_STEPS = 1_000_000
