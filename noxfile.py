@@ -81,6 +81,7 @@ def examples(session: nox.Session) -> None:
         if path.name != "__init__.py":
             session.run("python", "-m", f"examples.{path.stem}")
     session.run("python", "-m", "examples.mesh")
+    session.run("python", "-m", "examples.node.story")
 
 
 @nox.session

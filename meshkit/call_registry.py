@@ -14,7 +14,6 @@ import asyncio
 import heapq
 import inspect
 import math
-import os
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, Generic, Literal, TypeAlias, TypeVar, get_args
 from anyio import CancelScope
 
 from meshkit import _check
+from meshkit._entropy import random_bytes
 from meshkit._time import clock_of, now
 from meshkit.errors import CallTimeout, Closed, Overloaded
 from meshkit.events import Event, Observer, notify, report
@@ -294,7 +294,7 @@ class CallRegistry(Generic[T]):
         return CallRegistryStats(pending=len(self), **self._outcomes, **self._ignored)
 
     def _new_id(self) -> str:
-        return os.urandom(16).hex() if self._rng is None else f"{self._rng.getrandbits(128):032x}"
+        return random_bytes(16).hex() if self._rng is None else f"{self._rng.getrandbits(128):032x}"
 
     def _bind(self, loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
         if self._pending.calls and self._loop is not None and not self._loop.is_closed():

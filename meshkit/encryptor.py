@@ -18,7 +18,6 @@ frames that hold none.
 import asyncio
 import hmac
 import io
-import os
 import sys
 from collections.abc import AsyncGenerator, Callable
 from functools import partial
@@ -29,6 +28,7 @@ from nacl.bindings import crypto_aead
 from nacl.exceptions import CryptoError
 
 from meshkit._chunks import BytesLike, Chunks, Source, as_bytes, converted, size_of
+from meshkit._entropy import random_bytes
 from meshkit.errors import BadSeal
 
 __all__ = ["Encryptor", "Sealed"]
@@ -223,7 +223,7 @@ class Encryptor:
     @staticmethod
     def generate_key() -> bytes:
         """Return a new random key, to be kept where you keep secrets."""
-        return os.urandom(_KEY)
+        return random_bytes(_KEY)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(keys={len(self._keys)})"
@@ -237,7 +237,7 @@ class Encryptor:
         Raises:
             TypeError: `plaintext` or `aad` is not like bytes.
         """
-        nonce = os.urandom(_NONCE)
+        nonce = random_bytes(_NONCE)
         plaintext, aad = as_bytes(plaintext, "plaintext"), as_bytes(aad, "aad")
         return Sealed(nonce, _encrypt(plaintext, aad, nonce, self._keys[0]))
 

@@ -50,7 +50,7 @@ def test_a_confidant_that_does_not_give_the_file_back_is_named(
     liar: type[Stash], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nodes = make_nodes(5)
-    nodes[2].stash = liar(b"carol keeps this to herself")
+    nodes[2].stash = liar(nodes[2].identity)
     assert not run(lambda: main(nodes, "file", file(1)))
     summary = capsys.readouterr().out.split("summary")[1]
     assert says in next(line for line in summary.splitlines() if line.startswith("after, from carol"))

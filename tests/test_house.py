@@ -56,6 +56,9 @@ CORES = {
     "runtime.presence": {"Presence"},
     "runtime.replay": {"ReplayWindow"},
     "testing._chaos": {"Chaos"},
+    "transports._nats.announcement": {"Announcement"},
+    "transports._nats.company": {"Company"},
+    "transports._nats.servers": {"Server", "Servers"},
     "transports._tcp.handshake": {"Handshake"},
     "transports._tcp.wire": {"Address", "Unrecorder"},
 }
@@ -77,6 +80,7 @@ HEAVY = {
     "nacl": {"encryptor", "meshkit.runtime.identity"},
     "structlog": {"logger"},
     "msgspec": {"runtime", "transports", "testing"},
+    "nats": {"meshkit.transports._nats.link"},
 }
 
 

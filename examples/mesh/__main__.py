@@ -10,7 +10,6 @@ import math
 import os
 import pathlib
 import random
-import secrets
 import signal
 import sys
 from collections.abc import AsyncIterable, AsyncIterator, Callable
@@ -53,8 +52,8 @@ def make_nodes(count: int) -> list[Node]:
     for position, name in enumerate(names):
         # The last node observes wrongly: it counts a thousandfold.
         checkpoint = Checkpoint(off_by=1000 if position == count - 1 else 1)
-        services = Stash(secrets.token_bytes(32)), checkpoint, Social(), Presence()
-        nodes.append(Node(name, Identity.generate(), *services))
+        identity = Identity.generate()
+        nodes.append(Node(name, identity, Stash(identity), checkpoint, Social(), Presence()))
     return nodes
 
 
@@ -146,7 +145,7 @@ async def story(nodes: list[Node], hub: MemoryHub, file: str, chunks: AsyncItera
     confidants = [node for node in nodes if node.id in owner.stash.confidants]
     heading(
         f"{owner.name} loses its memory",
-        "All it has left are its keys. It asks each of its confidants for the whole file: "
+        "All it has left is its key. It asks each of its confidants for the whole file: "
         f"{', '.join(node.name for node in confidants)}.",
     )
     owner.stash.lose_memory()

@@ -14,8 +14,8 @@ from meshkit import (
     CallTimeout,
     CircuitBreaker,
     CircuitChanged,
-    Encryptor,
     Event,
+    Identity,
     MeshkitError,
     Message,
     OutcomeUnknown,
@@ -55,9 +55,10 @@ CHECK = request("stash:check", int, reply=bool)  # are there so many parts of th
 RECALL = request("stash:recall", Recall, reply=Part)
 
 
-PATIENCE = (
-    2.0  # seconds for one part: longer than the window of a confidant's limiter, in which its owner may have to wait
-)
+PATIENCE = 2.0
+"""Seconds for one part: longer than the window of a confidant's limiter, in which its owner may have to wait."""
+MOST_PARTS = 1_000
+"""Of one file, which is the only one that an owner may leave here: about 64 MiB."""
 
 
 def is_passing(error: Exception) -> bool:
@@ -71,8 +72,8 @@ class Stash(Service):
     name, emoji = "stash", "📦"
     wanted = 3
 
-    def __init__(self, secret: bytes) -> None:
-        self.encryptor = Encryptor.derive(secret, "examples.mesh stash")
+    def __init__(self, identity: Identity) -> None:
+        self.encryptor = identity.shared_with(identity.node_id, "examples.mesh stash")  # shared with nobody but itself
         self.kept: dict[str, dict[int, Part]] = {}  # what others left here, by owner
         self.mine: list[Part] = []
         self.confidants: set[str] = set()
@@ -105,7 +106,11 @@ class Stash(Service):
     async def put(self, chunks: AsyncIterable[bytes] | Iterable[bytes]) -> None:
         """Seal a file and leave it with confidants."""
         sealed = [part async for part in self.encryptor.seal_stream(chunks)]
-        self.mine = [Part(number, len(sealed), part) for number, part in enumerate(sealed)]
+        if len(sealed) > MOST_PARTS:
+            raise ValueError(f"the file is too large: a stash takes {MOST_PARTS} parts of 64 KiB")
+        async with self.finding:
+            self.mine = [Part(number, len(sealed), part) for number, part in enumerate(sealed)]
+            self.confidants = set()  # those of an earlier file have that one
         await self.find_confidants()
 
     async def find_confidants(self) -> None:
@@ -157,6 +162,11 @@ class Stash(Service):
         """Forget everything but the keys."""
         self.kept, self.mine, self.confidants = {}, [], set()
 
+    async def who_has_it(self) -> list[str]:
+        """Ask every peer for the first part; return those that have it, and answer."""
+        found = await self.rt.call_many(RECALL, Recall(0), to=self.rt.peers, timeout=1.0)
+        return list(found.replies)
+
     async def recover(self, peer: str) -> bytes:
         """Get the file back from `peer` alone."""
         return b"".join([chunk async for chunk in self.encryptor.open_stream(self.recall(peer))])
@@ -182,7 +192,11 @@ class Stash(Service):
     async def store(self, msg: Message[Part]) -> int:
         """Keep a part for its sender, within what one owner may ask for."""
         await self.take_turn(self.storing, msg.sender)
+        if not 0 <= msg.payload.number < msg.payload.of <= MOST_PARTS:
+            raise Reject("too_large", f"a file may have up to {MOST_PARTS} parts here")
         kept = self.kept.setdefault(msg.sender, {})
+        if msg.payload.number == 0:
+            kept.clear()  # it is another file from now on
         kept[msg.payload.number] = msg.payload
         self.log.event("store", name_of(self.rt, msg.sender), message=f"stored {len(msg.payload.sealed):,} bytes")
         return len(kept)

@@ -109,7 +109,7 @@ class Dispatcher:
                 held.release()
         if passed is not None:
             for handler in handlers:
-                if handler.mailbox is held:
+                if held is not None and handler.mailbox is held:
                     held.put_reserved(delivery_of(handler, passed.message))
                     self._took(handler, passed.message)
                 else:

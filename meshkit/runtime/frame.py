@@ -24,13 +24,13 @@ meshkit.errors.Replayed: The message was seen before.
 
 import functools
 import inspect
-import os
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
+from meshkit._entropy import random_bytes
 from meshkit.encryptor import Encryptor
 from meshkit.errors import BadSignature, MalformedFrame, Replayed, Stale, UnknownSender
 from meshkit.runtime.identity import SIGNATURE_SIZE, Identity, node_id_of, public_key_of, verify
@@ -196,7 +196,7 @@ class Prover:
             raise ValueError(f"bundle must be at most {self.max_bundle} bytes, not {len(bundle)}")
 
     def _header(self, proof: int, recipient: bytes, now: float) -> bytes:
-        return _HEADER.pack(_VERSION, proof, self.identity.public_key, recipient, os.urandom(16), round(now * MICRO))
+        return _HEADER.pack(_VERSION, proof, self.identity.public_key, recipient, random_bytes(16), round(now * MICRO))
 
     def _sender(self, node_id: str, key: bytes) -> _Peer:
         try:

@@ -25,6 +25,7 @@ from typing import Any, NoReturn, Self
 from nacl import bindings as sodium
 from nacl.exceptions import BadSignatureError
 
+from meshkit._entropy import random_bytes
 from meshkit.encryptor import Encryptor
 
 __all__ = ["SIGNATURE_SIZE", "Identity", "node_id_of", "public_key_of", "verify"]
@@ -108,7 +109,7 @@ class Identity:
     @classmethod
     def generate(cls) -> Self:
         """Return a new identity, which is gone with this object: see `load_or_create` for one that stays."""
-        return cls(_Secret(os.urandom(_KEY_SIZE)))
+        return cls(_Secret(random_bytes(_KEY_SIZE)))
 
     @classmethod
     def from_seed(cls, seed: bytes) -> Self:
@@ -232,7 +233,7 @@ def _create(path: Path) -> None:
     descriptor, draft = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
     try:
         with open(descriptor, "wb") as file:
-            file.write(_content(os.urandom(_KEY_SIZE)))
+            file.write(_content(random_bytes(_KEY_SIZE)))
             file.flush()
             os.fsync(descriptor)  # so that after a power failure, too, the file is complete or not there
         os.link(draft, path)  # not a rename, which would replace the file of another process

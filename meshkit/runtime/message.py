@@ -5,11 +5,12 @@
 """
 
 import math
-import os
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 import msgspec
+
+from meshkit._entropy import random_bytes
 
 __all__ = ["MAX_ID", "MAX_NAME", "Message", "check_id", "check_name", "is_name", "new_ids"]
 
@@ -68,6 +69,6 @@ def new_ids() -> Iterator[str]:
     They are drawn 256 at a time, which costs a third of drawing each.
     """
     while True:
-        drawn = os.urandom(16 * 256).hex()
+        drawn = random_bytes(16 * 256).hex()
         for at in range(0, len(drawn), 32):
             yield drawn[at : at + 32]

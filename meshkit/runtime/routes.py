@@ -73,7 +73,7 @@ class Route:
     ) -> Iterator[Step]:
         behavior, name = self.behavior, f"{self.behavior.kind!r} on node {node!r}"
         if isinstance(behavior, Request):
-            yield Step("dedupe", lambda message: _DUPLICATE if repeated(message) else message, "by id")
+            yield Step("dedupe", _drop_if(_DUPLICATE, repeated), "by id")
         elif behavior.content_key is not None or not isinstance(behavior, Local | Ephemeral):
             seen = DedupCache(ttl=behavior.ttl, max_keys=_MAX_SEEN, name=name)
             how = f"by {'id' if behavior.content_key is None else 'content'}, for {behavior.ttl:g} s"
@@ -85,9 +85,9 @@ class Route:
             yield Step("rate_limit", functools.partial(self._rate_limit, limiter), each)
         if behavior.filter is not None:
             accepts = behavior.filter
-            yield Step("filter", lambda message: message if accepts(message) else _FILTERED)
+            yield Step("filter", _drop_if(_FILTERED, lambda message: not accepts(message)))
         if isinstance(behavior, Request):
-            yield Step("deadline", lambda message: _EXPIRED if message.deadline <= now() else message)
+            yield Step("deadline", _drop_if(_EXPIRED, lambda message: message.deadline <= now()))
 
     def _decoder(self, node: str) -> Callable[[Message[Any]], Passed]:
         decode = self.behavior.decoder.decode
@@ -123,3 +123,7 @@ class Route:
         wait = limiter.retry_after(sender)
         name = f"{message.kind!r}"
         return Fail(RateLimited(name=name, key=sender, max_count=max_count, window=window, retry_after=wait))
+
+
+def _drop_if(outcome: Drop, applies: "Callable[[Message[Any]], bool]") -> "Callable[[Message[Any]], Passed]":
+    return lambda message: outcome if applies(message) else message

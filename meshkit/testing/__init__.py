@@ -1,4 +1,4 @@
-"""What meshkit is tested with, for your own tests: virtual time, cancellation, one node, transports, bad networks."""
+"""What meshkit is tested with, for your own tests: virtual time, seeds, cancellation, one node, bad networks."""
 
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,16 @@ if TYPE_CHECKING:
     )
     from meshkit.testing.chaos_proxy import ChaosProxy as ChaosProxy
     from meshkit.testing.conformance import TransportConformance as TransportConformance
+    from meshkit.testing.sim_loop import Machine as Machine, SimLoop as SimLoop
+    from meshkit.testing.sim_network import (
+        Link as Link,
+        Nodes as Nodes,
+        Rule as Rule,
+        SimNetwork as SimNetwork,
+        SimTransport as SimTransport,
+        Verdict as Verdict,
+    )
+    from meshkit.testing.simulation import simulate as simulate, simulated as simulated
     from meshkit.testing.single_node import (
         SILENCE as SILENCE,
         Sent as Sent,
@@ -31,6 +41,9 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
             "cancellation": ["CancellationPoint", "cancellation_points"],
             "chaos_proxy": ["ChaosProxy"],
             "conformance": ["TransportConformance"],
+            "sim_loop": ["Machine", "SimLoop"],
+            "sim_network": ["Link", "Nodes", "Rule", "SimNetwork", "SimTransport", "Verdict"],
+            "simulation": ["simulate", "simulated"],
             "single_node": ["SILENCE", "Sent", "Silence", "TestRuntime"],
             "virtual_time": ["Deadlock", "Leak", "Livelock", "VirtualTimeLoop", "run"],
         },

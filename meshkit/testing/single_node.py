@@ -343,7 +343,7 @@ class _Others:
         if self._receiver is None:
             return
         if peer not in self.calls:
-            self.calls[peer] = Calls(peer, lambda *_: None, lambda _, wire: self.deliver(peer, wire), Journal())
+            self.calls[peer] = Calls(peer, lambda _, size: None, lambda _, wire: self.deliver(peer, wire), Journal())
         self.deliver(peer, Beat(peer, tuple(sorted({kind for kind, _ in self._scripts})), _FOREVER))
 
     def deliver(self, sender: str, wire: Wire) -> None:

@@ -42,29 +42,17 @@ class Leak(AssertionError):
 class _Clock:
     """Stands where a selector stands in other loops: instead of waiting for I/O it moves the time forward."""
 
-    MAX_PASSES = 1_000_000  # of the loop without the clock moving, before it counts as a livelock
-
     def __init__(self, loop: "VirtualTimeLoop") -> None:
         self._loop = loop
-        self._passes = 0
 
     def select(self, timeout: float | None) -> list[Any]:
-        if timeout != 0:
-            self._loop.refuse_threads()
-            if not self._loop.wake_settled():
-                self._passes = 0
-                self._loop.jump_to_next_timer()
-                return []
-        self._passes += 1
-        if self._passes > self.MAX_PASSES:
-            self._passes = 0
-            raise Livelock(f"{self.MAX_PASSES} passes at one instant; " + self._loop.where_tasks_wait())
+        self._loop.next_batch(wait=timeout != 0)
         return []
 
 
 def _refuse(what: str, more: str = "") -> NoReturn:
     raise RuntimeError(
-        f"{what} takes real time, which a VirtualTimeLoop cannot wait for; "
+        f"{what} takes real time, which virtual time cannot wait for; "
         f"fake it in this test, or run this test on an ordinary event loop{more}"
     )
 
@@ -84,6 +72,9 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
     fixture) and under anyio. Threads, sockets and subprocesses raise `RuntimeError`: they live in real time.
     """
 
+    MAX_PASSES = 1_000_000
+    """Passes of the loop without the clock moving, before it counts as a `Livelock`."""
+
     # asyncio keeps timers in `_scheduled` and polls through `_selector`; both are private, and as old as asyncio.
     # tests/testing/test_virtual_time.py fails on a Python where that changes.
     _scheduled: list[asyncio.TimerHandle]
@@ -97,6 +88,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         self._wall_start = wall_start
         self._called_by_thread = False
         self._settling: list[asyncio.Future[None]] = []
+        self._passes = 0
         self._clock_resolution = 1e-9
         self._selector = _Clock(self)
 
@@ -113,6 +105,19 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         settled = self.create_future()
         self._settling.append(settled)
         await settled
+
+    def next_batch(self, *, wait: bool) -> None:
+        """Take note of another pass of the loop; if there is nothing to do (`wait`), move the time on."""
+        if wait:
+            self.refuse_threads()
+            if not self.wake_settled():
+                self._passes = 0
+                self.jump_to_next_timer()
+                return
+        self._passes += 1
+        if self._passes > self.MAX_PASSES:
+            self._passes = 0
+            raise Livelock(f"{self.MAX_PASSES} passes at one instant; " + self.where_tasks_wait())
 
     def wake_settled(self) -> bool:
         """Wake those who wait in `settle`; return whether there were any."""
@@ -142,9 +147,9 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         return [timer for timer in self._scheduled if not timer.cancelled()]
 
     def where_tasks_wait(self) -> str:
-        """Describe every unfinished task and the innermost line at which it waits."""
+        """Describe every unfinished task and where it waits: its stack, the innermost line last."""
         tasks = sorted(asyncio.all_tasks(self), key=lambda task: task.get_name())
-        lines = [f"  {task.get_name()}: {_where(task)}" for task in tasks]
+        lines = ["\n    ".join([f"  {task.get_name()}", *_stack(task)]) for task in tasks]
         return "tasks:\n" + "\n".join(lines) if lines else "there are no tasks"
 
     def call_soon_threadsafe(  # type: ignore[override]  # typeshed's overloads spell TypeVarTuple arguments
@@ -175,20 +180,22 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         add_signal_handler = _refusing("a signal")
 
 
-def _where(task: "asyncio.Task[Any]") -> str:
-    """Describe the innermost place at which `task` is suspended, following what it awaits."""
+def _stack(task: "asyncio.Task[Any]") -> list[str]:
+    """Describe the places at which `task` is suspended, following what it awaits."""
     awaited: Any = task.get_coro()
-    place = "not started"
+    places: list[str] = []
     while awaited is not None:
         frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
         if frame is not None:
-            place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}"
+            places.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}")
         awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
-    return place
+    return places or ["not started"]
 
 
-def run(main: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
+def run(main: Callable[[], Coroutine[Any, Any, _T]], *, loop: VirtualTimeLoop | None = None) -> _T:
     """Run `main()` on a fresh `VirtualTimeLoop` and return its result; fail if it leaves anything behind.
+
+    `loop` is another one to run on, which is closed in the end.
 
     Raises:
         Leak: Tasks or timers are left when `main` returns, or an error went to the loop's exception handler.
@@ -196,14 +203,16 @@ def run(main: Callable[[], Coroutine[Any, Any, _T]]) -> _T:
         Livelock: Tasks kept running without the clock moving.
     """
     if events._get_running_loop() is not None:
+        if loop is not None:
+            loop.close()
         raise RuntimeError("run() starts a loop of its own and cannot be called from a running one; await main()")
-    loop = VirtualTimeLoop()
+    loop = VirtualTimeLoop() if loop is None else loop
     with asyncio.Runner(loop_factory=lambda: loop) as runner:
         unhandled: list[dict[str, Any]] = []
         loop.set_exception_handler(lambda _, context: unhandled.append(context))
         result = runner.run(main())
         tasks = asyncio.all_tasks(loop)
-        left = [f"task {task.get_name()} at {_where(task)}" for task in tasks]
+        left = [f"task {task.get_name()} at {_stack(task)[-1]}" for task in tasks]
         left += [f"timer {timer!r}" for timer in loop.live_timers()]
         left += [f"unhandled error: {context!r}" for context in unhandled]
         if left:

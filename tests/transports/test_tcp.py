@@ -256,6 +256,27 @@ async def test_a_node_that_does_not_listen_takes_part() -> None:
             await bob.until(lambda: bob.heard)
 
 
+@pytest.mark.parametrize("first", ["refuses", "says nothing"])
+async def test_a_name_with_several_addresses_is_reached_although_the_first_one_is_dead(
+    first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alice, bob = Node("alice"), Node("bob", None, join=["mesh.example:7001"], limits=QUICK)
+    with socket.create_server(("127.0.0.1", 0)) as dead:
+        port = dead.getsockname()[1]
+        if first == "refuses":
+            dead.close()
+
+        async def resolve(host: str, _: int, **options: object) -> list[Any]:
+            assert host == "mesh.example"
+            places = [("127.0.0.1", port), ("127.0.0.1", alice.port)]
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", place) for place in places]
+
+        async with running(alice):
+            monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
+            async with running(bob):
+                await bob.meets(alice)
+
+
 async def test_start_does_not_wait_for_those_who_are_not_there_yet(caplog: pytest.LogCaptureFixture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

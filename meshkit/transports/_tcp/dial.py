@@ -3,8 +3,10 @@
 import asyncio
 import logging
 import random
+import socket
 import ssl
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import Protocol
 
 import anyio
@@ -43,6 +45,7 @@ class _Target:
         self.logged = "" if joins else "unreachable"  # the last kind of trouble that was told; who was lost is told
         self.challenge = b""  # of the attempt under way
         self.is_self = False
+        self.attempts = 0
         self.task: asyncio.Task[None] | None = None
 
 
@@ -151,19 +154,12 @@ class Dialler:
             await asyncio.sleep(self._backoff.delay(failures, random.random))
 
     async def _dial(self, target: _Target) -> None:
-        limits, tls = self._owner.limits, self._owner.client_ssl
-        link = self._owner.outgoing()
+        limits, link = self._owner.limits, self._owner.outgoing()
         target.challenge = link.handshake.challenge
         trouble = f"no answer within {limits.handshake_timeout:g} s"
         try:
             with anyio.move_on_after(limits.handshake_timeout):
-                await self._loop.create_connection(
-                    lambda: link,
-                    target.address.host,
-                    target.address.port,
-                    ssl=tls,
-                    ssl_handshake_timeout=None if tls is None else limits.handshake_timeout,
-                )
+                await self._connect(target, link)
                 await link.settled.wait()
                 trouble = link.reason
         except (OSError, ValueError) as error:  # the latter for a host name that is none
@@ -176,6 +172,39 @@ class Dialler:
         target.trouble = trouble
         if trouble and link.refusal is not Refusal.DUPLICATE and target.node not in self._owner.links:
             self._complain(target, link)
+
+    async def _connect(self, target: _Target, link: Link) -> None:
+        """Connect to the first of the addresses of a target where somebody listens."""
+        tls, limits = self._owner.client_ssl, self._owner.limits
+        places = await self._places(target)
+        for host, port in places:
+            try:
+                await self._loop.create_connection(
+                    lambda: link,
+                    host,
+                    port,
+                    ssl=tls,
+                    server_hostname=None if tls is None else target.address.host,
+                    ssl_handshake_timeout=None if tls is None else limits.handshake_timeout,
+                )
+                break
+            except OSError:
+                if link.ended or (host, port) == places[-1]:
+                    raise
+
+    async def _places(self, target: _Target) -> list[tuple[str, int]]:
+        """Return the addresses that a name stands for. Each attempt begins with another one: the first may be dead."""
+        try:
+            ip_address(target.address.host.partition("%")[0])
+            return [target.address]
+        except ValueError:
+            found = await self._loop.getaddrinfo(*target.address, type=socket.SOCK_STREAM)
+        places = list(dict.fromkeys((str(where[0]), int(where[1])) for *_, where in found))
+        if not places:
+            raise OSError("the name stands for no address")
+        first = target.attempts % len(places)
+        target.attempts += 1
+        return places[first:] + places[:first]
 
     def _complain(self, target: _Target, link: Link) -> None:
         """Say once what the trouble is, and not each time."""

@@ -3,11 +3,11 @@
 import asyncio
 import logging
 import math
-import os
 import ssl
 from contextlib import suppress
 
 from meshkit import _time
+from meshkit._entropy import random_bytes
 from meshkit.errors import Closed, Overloaded
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.transport import Receiver
@@ -114,7 +114,7 @@ class Mesh:
                 dialled=dialled,
                 listens=self.address,
                 trusts=prover.trusts,
-                challenge=os.urandom(32),
+                challenge=random_bytes(32),
                 dialling=self.dialler.is_own,
             ),
         )

@@ -1,0 +1,19 @@
+"""Where ids, keys and nonces come from: the operating system, or the seed of the simulation that runs.
+
+Jitter is drawn with Python's `random` instead, which a `meshkit.testing.SimLoop` seeds while it runs.
+"""
+
+import asyncio
+import os
+import random
+
+from meshkit._time import running_loop
+
+simulations: dict[asyncio.AbstractEventLoop | None, random.Random] = {}
+"""The simulated loops that run now, and what they draw from: only `meshkit.testing` puts any here."""
+
+
+def random_bytes(size: int) -> bytes:
+    """Return `size` bytes that nobody can guess; in a simulation, the next ones of its seed."""
+    rng = simulations.get(running_loop()) if simulations else None
+    return os.urandom(size) if rng is None else rng.randbytes(size)

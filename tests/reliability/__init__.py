@@ -1,0 +1,1 @@
+"""Promises about faults, as commands: `python -m tests.reliability [name ...]`. See docs/reliability.md."""
