@@ -129,9 +129,9 @@ def measures() -> list[Measure]:
     any_url()  # it is started here, and not where time is taken
     return [
         Compare(
-            "sealed call, 100 in flight / nats-py request, CPU", bare_request(100), sealed_call(100), 20_000, goal=1.0
+            "sealed call, 100 in flight / nats-py request, CPU", bare_request(100), sealed_call(100), 8_000, goal=1.0
         ),
-        Compare("sealed call, 1 in flight / nats-py request, CPU", bare_request(1), sealed_call(1), 3_000),
+        Compare("sealed call, 1 in flight / nats-py request, CPU", bare_request(1), sealed_call(1), 1_000),
         *(
             Fact(f"{what}, {callers} in flight", microseconds(work(callers)), 5_000, "µs", rounds=3)
             for callers in (100, 1)
