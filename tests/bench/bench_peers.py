@@ -1,8 +1,8 @@
 """Calls over TCP beside those of other libraries: 100 in flight, 128 bytes each way, everything on one machine.
 
 Client and server share one process, and one event loop where the library has one; `pyzmq` and `grpcio` have threads of
-their own beside it, so that wall time is what is compared. Ours is sealed and authenticated, theirs are plaintext. A
-library that is not installed is left out.
+their own beside it, and NATS a server, so that wall time is what is compared. Ours is sealed and authenticated, theirs
+are plaintext. A library that is not installed is left out.
 """
 
 import asyncio
@@ -13,8 +13,10 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from tests.bench.bench_nats import bare_request
 from tests.bench.bench_tcp import bare_call, everybody, sealed_call
 from tests.bench.harness import Fact, Measure
+from tests.transports.nats_servers import any_url, binary
 
 IN_FLIGHT = 100
 SIZE = 128
@@ -85,7 +87,16 @@ async def grpc_call(n: int) -> None:
     await server.stop(0)
 
 
-PEERS: dict[str, tuple[str, Work]] = {"pyzmq": ("zmq", zmq_call), "grpc.aio": ("grpc", grpc_call)}
+async def nats_call(n: int) -> None:
+    """A request of nats-py over a real server, which is a process of its own."""
+    await bare_request(IN_FLIGHT, SIZE)(n)
+
+
+PEERS: dict[str, tuple[str, Work]] = {
+    "pyzmq": ("zmq", zmq_call),
+    "grpc.aio": ("grpc", grpc_call),
+    "nats-py": ("nats", nats_call),
+}
 
 
 def seconds(work: Work, n: int, new_loop: NewLoop = None) -> float:
@@ -118,8 +129,10 @@ def measures() -> list[Measure]:
     """Return the comparisons."""
     ours = sealed_call(IN_FLIGHT, SIZE)
     found: list[Measure] = [Fact("sealed call", each(ours), 5_000, "us")]
+    if binary() is not None:
+        any_url()  # the server is started here, and not where time is taken
     for name, (module, theirs) in PEERS.items():
-        if importlib.util.find_spec(module):
+        if importlib.util.find_spec(module) and not (module == "nats" and binary() is None):
             found += [
                 Fact(name, each(theirs), 5_000, "us"),
                 Fact(f"sealed call / {name}", ratio(ours, theirs), 5_000, "x", goal=1.0, rounds=3),
