@@ -5,6 +5,8 @@ import sys
 
 def duration(name: str, value: float, *, zero: bool = False) -> float:
     """Return `value` in seconds as a float; it must be finite and positive (or zero, where `zero` allows it)."""
+    if type(value) is float and 0 < value <= sys.float_info.max:  # nearly always: each call has a timeout
+        return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number of seconds, not {value!r}")
     if not 0 <= value <= sys.float_info.max or (value == 0 and not zero):  # so neither NaN nor an int beyond floats

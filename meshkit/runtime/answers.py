@@ -38,21 +38,21 @@ class Answers:
 
     def keep(self, caller: str, answer: Reply | Failure, now: float) -> None:
         """Remember the answer to a request. Cost: amortised O(1)."""
+        answers, by_age = self._answers, self._by_age
         key, expires = (caller, answer.id), now + self._ttl
-        before = self._answers.get(key)  # an older answer to the same request, which has expired
-        if before is not None:
-            self._bytes -= _size(before[1])
-        self._answers[key] = (expires, answer)
+        if key in answers:  # an older answer to the same request, which has expired
+            self._bytes -= _size(answers[key][1])
+        answers[key] = (expires, answer)
         added = (key, expires)
-        self._by_age.append(added)
+        by_age.append(added)
         self._whole.append(added)
         self._bytes += _size(answer)
         while self._bytes > self._max_bytes:
             self._let_go()
-        for _ in range(2):  # two, so that no more are kept than come in a `ttl`
-            if self._by_age[0][1] > now and len(self._answers) <= self._max_answers:
-                break
+        if by_age[0][1] <= now or len(answers) > self._max_answers:
             self._forget_oldest()
+            if by_age[0][1] <= now:  # a second one, so that no more are kept than come in a `ttl`
+                self._forget_oldest()
 
     def get(self, caller: str, call_id: str, now: float) -> Reply | Failure | None:
         """Return the answer that was given to a request, or None if none is remembered."""

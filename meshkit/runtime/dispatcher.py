@@ -132,9 +132,10 @@ class Dispatcher:
         delivery = self.serving.get((message.sender, message.id))
         if delivery is None:
             answer = self._answers.get(message.sender, message.id, self._now())
-            if answer is not None:
-                self._answer(message.sender, answer)
-            return answer is not None
+            if answer is None:
+                return False
+            self._answer(message.sender, answer)
+            return True
         if not delivery.caller_waits or (delivery.scope is not None and delivery.scope.cancel_called):
             delivery.again = message  # its turn comes when the handler that is being cancelled has ended
         elif message.deadline > delivery.message.deadline:

@@ -73,7 +73,7 @@ class Route:
     ) -> Iterator[Step]:
         behavior, name = self.behavior, f"{self.behavior.kind!r} on node {node!r}"
         if isinstance(behavior, Request):
-            yield Step("dedupe", _drop_if(_DUPLICATE, repeated), "by id")
+            yield Step("dedupe", _dedupe_by_id(repeated), "by id")
         elif behavior.content_key is not None or not isinstance(behavior, Local | Ephemeral):
             seen = DedupCache(ttl=behavior.ttl, max_keys=_MAX_SEEN, name=name)
             how = f"by {'id' if behavior.content_key is None else 'content'}, for {behavior.ttl:g} s"
@@ -84,10 +84,9 @@ class Route:
             each = f"{max_count} in {window:g} s from each sender"
             yield Step("rate_limit", functools.partial(self._rate_limit, limiter), each)
         if behavior.filter is not None:
-            accepts = behavior.filter
-            yield Step("filter", _drop_if(_FILTERED, lambda message: not accepts(message)))
+            yield Step("filter", _filter(behavior.filter))
         if isinstance(behavior, Request):
-            yield Step("deadline", _drop_if(_EXPIRED, lambda message: message.deadline <= now()))
+            yield Step("deadline", _deadline(now))
 
     def _decoder(self, node: str) -> Callable[[Message[Any]], Passed]:
         decode = self.behavior.decoder.decode
@@ -125,5 +124,13 @@ class Route:
         return Fail(RateLimited(name=name, key=sender, max_count=max_count, window=window, retry_after=wait))
 
 
-def _drop_if(outcome: Drop, applies: "Callable[[Message[Any]], bool]") -> "Callable[[Message[Any]], Passed]":
-    return lambda message: outcome if applies(message) else message
+def _dedupe_by_id(repeated: "Callable[[Message[Any]], bool]") -> "Callable[[Message[Any]], Passed]":
+    return lambda message: _DUPLICATE if repeated(message) else message
+
+
+def _filter(accepts: "Callable[[Message[Any]], bool]") -> "Callable[[Message[Any]], Passed]":
+    return lambda message: message if accepts(message) else _FILTERED
+
+
+def _deadline(now: Callable[[], float]) -> "Callable[[Message[Any]], Passed]":
+    return lambda message: _EXPIRED if message.deadline <= now() else message

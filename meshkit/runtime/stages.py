@@ -167,6 +167,8 @@ class Pipeline:
         try:
             for name, run, _ in self._steps:
                 outcome = run(message)
+                if outcome is message:
+                    continue
                 if isinstance(outcome, Message):
                     message = outcome
                     continue
