@@ -47,7 +47,9 @@ class ReplayWindow:
         self.floor = max(self.floor, stamp + 1)
 
     def add(self, key: bytes, stamp: int, now: int) -> bool:
-        """Return False if `key` was added with this stamp, which is accepted now; else remember it, and return True.
+        """Return False if `key` was added with a stamp in the same slot; else remember it, and return True.
+
+        The stamp is one that is accepted now.
 
         Raises:
             Overloaded: It would be one too many, and none of the others may be forgotten yet.
