@@ -41,6 +41,9 @@ from meshkit.runtime.wire import Ask, Beat, Cancel, Failure, Goodbye, Reply, Tel
 
 __all__ = ["Intake", "reason_of"]
 
+_GRID = 1024
+"""Deadlines of handlers lie on this many to the second, so that under load many calls in a row have the same: a worker
+sets a timer only for a new one. What travels is rounded to milliseconds already."""
 _MAX_DETAIL = 200  # characters of what a trust predicate raised
 
 
@@ -180,7 +183,7 @@ class Intake:
             self._journal.drop(ask.kind, "mailbox", "draining", ask.id, sender)
             self._answer(sender, Failure(ask.id, "draining"))
         else:
-            deadline = self._now() + ask.remaining / 1000
+            deadline = math.floor((self._now() + ask.remaining / 1000) * _GRID) / _GRID
             message = Message(ask.id, ask.kind, sender, ask.payload, ask.time, ask.version, deadline)
             passed = route.pipeline.run(message)
             if isinstance(passed, Stopped):

@@ -13,6 +13,7 @@ Rules, besides those of `Backlog`, which say whose turn it is:
 
 import asyncio
 import contextvars
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar, cast
@@ -228,6 +229,8 @@ class Mailbox(Generic[T]):
                     await asyncio.sleep(0)
             if scope.cancel_called or self._idle is not None or self.closed:
                 return
+            if scope.deadline != math.inf:  # of the last item
+                scope.deadline = math.inf
             wakes = asyncio.get_running_loop().create_future()
             self._idle = (wakes, me)
             try:
