@@ -586,6 +586,7 @@ async def test_a_stop_that_is_cancelled_in_each_step_of_the_loop_ends() -> None:
     alice = Runtime("alice", [Stash()])
     await alice.start()
     stopping = asyncio.create_task(alice.stop())
+    await asyncio.sleep(0)
     for _ in range(1000):
         stopping.cancel()
         await asyncio.sleep(0)
