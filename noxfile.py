@@ -87,5 +87,5 @@ def examples(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Run the benchmarks, or those named after `--`: ours beside the bare primitive, in one run."""
-    session.install(".", *_packages("test"))
+    session.install(".", *_packages("bench"))
     session.run("python", "-m", "tests.bench", *session.posargs)

@@ -155,6 +155,8 @@ if TYPE_CHECKING:
     from meshkit.transports import (
         MemoryHub as MemoryHub,
         MemoryTransport as MemoryTransport,
+        NatsLimits as NatsLimits,
+        NatsTransport as NatsTransport,
         TcpLimits as TcpLimits,
         TcpTransport as TcpTransport,
     )
@@ -254,6 +256,6 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
                 "local",
                 "request",
             ],
-            "transports": ["MemoryHub", "MemoryTransport", "TcpLimits", "TcpTransport"],
+            "transports": ["MemoryHub", "MemoryTransport", "NatsLimits", "NatsTransport", "TcpLimits", "TcpTransport"],
         },
     )

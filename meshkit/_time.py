@@ -35,10 +35,15 @@ class Clock:
         loop = self._loop
         if loop is None or not loop.is_running():
             loop = self._loop = running_loop()
-            # Asked of the loop and not of its class: some tools put a `time` of their own on the loop itself.
-            ordinary = loop is None or getattr(loop.time, "__func__", None) is asyncio.BaseEventLoop.time
-            self._read = time.monotonic if ordinary or loop is None else loop.time
+            self._read = time.monotonic if loop is None else clock_of(loop)
         return self._read()
+
+
+def clock_of(loop: asyncio.AbstractEventLoop) -> Callable[[], float]:
+    """Return what tells the time of `loop`, for what lives on that loop alone: a third of the price of a `Clock`."""
+    # Asked of the loop and not of its class: some tools put a `time` of their own on the loop itself.
+    ordinary = getattr(loop.time, "__func__", None) is asyncio.BaseEventLoop.time
+    return time.monotonic if ordinary else loop.time
 
 
 def wall() -> float:

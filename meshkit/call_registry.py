@@ -23,7 +23,7 @@ from anyio import CancelScope
 
 from meshkit import _check
 from meshkit._entropy import random_bytes
-from meshkit._time import Clock
+from meshkit._time import clock_of, now
 from meshkit.errors import CallTimeout, Closed, Overloaded
 from meshkit.events import Event, Observer, notify, report
 
@@ -193,7 +193,7 @@ class CallRegistry(Generic[T]):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = math.inf
-        self._now = Clock().now
+        self._now = now  # until it knows its loop
         self._closed = False
         self._outcomes: dict[_Outcome, int] = dict.fromkeys(get_args(_Outcome), 0)
         self._ignored: dict[_Reason, int] = dict.fromkeys(get_args(_Reason), 0)
@@ -301,7 +301,7 @@ class CallRegistry(Generic[T]):
             raise RuntimeError(f"{self._name}: calls are pending on another event loop; use a registry for each loop")
         self._pending.expire(math.inf)  # what a closed loop has left behind can never go on
         self._set_timer(math.inf)
-        self._loop = loop
+        self._loop, self._now = loop, clock_of(loop)
         return loop
 
     async def _finish_sending(self, sent: Awaitable[object], future: "asyncio.Future[Any]", deadline: float) -> None:
@@ -362,9 +362,12 @@ class CallRegistry(Generic[T]):
 
 def _give(future: "asyncio.Future[Any]", outcome: object) -> bool:
     """Settle a call; return False if its caller was cancelled, and has not run since, or went down with its loop."""
-    if future.done() or future.get_loop().is_closed():
+    if future.done():
         return False
-    future.set_result(outcome)
+    try:
+        future.set_result(outcome)
+    except RuntimeError:
+        return False  # its loop is closed
     return True
 
 

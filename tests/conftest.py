@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-settings.register_profile("ci", deadline=None, derandomize=True, max_examples=100, print_blob=True)
-settings.register_profile("deep", deadline=None, max_examples=2000, suppress_health_check=[HealthCheck.too_slow])
+SLOW = [HealthCheck.too_slow]  # a machine that does other work, too, is no finding
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, max_examples=100, print_blob=True, suppress_health_check=SLOW
+)
+settings.register_profile("deep", deadline=None, max_examples=2000, suppress_health_check=SLOW)
 settings.load_profile("ci")
 
 

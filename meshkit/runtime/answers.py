@@ -9,7 +9,7 @@ A request that comes again (its caller got no answer, and tries again with the s
 (b'42', None)
 """
 
-from collections import OrderedDict
+from collections import deque
 
 from meshkit.runtime.wire import Failure, Reply
 
@@ -27,8 +27,10 @@ class Answers:
         self._ttl = ttl
         self._max_answers = max_answers
         self._max_bytes = max_bytes
-        self._answers: OrderedDict[tuple[str, str], tuple[float, Reply | Failure]] = OrderedDict()  # the oldest first
-        self._sizes: OrderedDict[tuple[str, str], int] = OrderedDict()  # of those that are kept whole
+        self._answers: dict[tuple[str, str], tuple[float, Reply | Failure]] = {}
+        # Keys with when they expire, in order of arrival. What has been answered anew since is in there twice.
+        self._by_age: deque[tuple[tuple[str, str], float]] = deque()
+        self._whole: deque[tuple[tuple[str, str], float]] = deque()  # the end of it: those of which the payload is kept
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -36,30 +38,45 @@ class Answers:
 
     def keep(self, caller: str, answer: Reply | Failure, now: float) -> None:
         """Remember the answer to a request. Cost: amortised O(1)."""
-        key = (caller, answer.id)
-        self._forget(key)  # an older answer to the same request, which has expired
-        self._answers[key] = (now + self._ttl, answer)
-        self._sizes[key] = size = len(answer.payload) if isinstance(answer, Reply) else len(answer.detail)
-        self._bytes += size
+        key, expires = (caller, answer.id), now + self._ttl
+        before = self._answers.get(key)  # an older answer to the same request, which has expired
+        if before is not None:
+            self._bytes -= _size(before[1])
+        self._answers[key] = (expires, answer)
+        added = (key, expires)
+        self._by_age.append(added)
+        self._whole.append(added)
+        self._bytes += _size(answer)
         while self._bytes > self._max_bytes:
             self._let_go()
         for _ in range(2):  # two, so that no more are kept than come in a `ttl`
-            oldest = next(iter(self._answers))
-            if self._answers[oldest][0] > now and len(self._answers) <= self._max_answers:
+            if self._by_age[0][1] > now and len(self._answers) <= self._max_answers:
                 break
-            self._forget(oldest)
+            self._forget_oldest()
 
     def get(self, caller: str, call_id: str, now: float) -> Reply | Failure | None:
         """Return the answer that was given to a request, or None if none is remembered."""
         kept = self._answers.get((caller, call_id))
         return None if kept is None or kept[0] <= now else kept[1]
 
-    def _forget(self, key: tuple[str, str]) -> None:
-        self._answers.pop(key, None)
-        self._bytes -= self._sizes.pop(key, 0)
+    def _forget_oldest(self) -> None:
+        oldest = self._by_age.popleft()
+        if self._whole and self._whole[0] is oldest:
+            self._whole.popleft()
+        key, expires = oldest
+        kept = self._answers.get(key)
+        if kept is not None and kept[0] == expires:
+            self._bytes -= _size(kept[1])
+            del self._answers[key]
 
     def _let_go(self) -> None:
         """Keep of the oldest answer that is kept whole only that there was one."""
-        key, size = self._sizes.popitem(last=False)
-        self._bytes -= size
-        self._answers[key] = (self._answers[key][0], Failure(key[1], "failed", code="reply_forgotten"))
+        key, expires = self._whole.popleft()
+        kept = self._answers.get(key)
+        if kept is not None and kept[0] == expires:
+            self._bytes -= _size(kept[1])
+            self._answers[key] = (expires, Failure(key[1], "failed", code="reply_forgotten"))
+
+
+def _size(answer: Reply | Failure) -> int:
+    return len(answer.payload) if isinstance(answer, Reply) else len(answer.detail)

@@ -45,27 +45,35 @@ class Backlog(Generic[T]):
         """What can be taken, the oldest first."""
         self.resting: dict[T, None] = {}
         self._lines: dict[Hashable, deque[T]] = {}  # by key of which one is ready, taken or rests: those after it
-        self._in_line = 0  # items in them
+        self._waiting = 0  # items that are ready, in a line or resting
         self._count = 0  # items so far
 
     def __len__(self) -> int:
-        return len(self.ready) + self._in_line + len(self.resting)
+        return self._waiting
 
     def fits(self, size: int) -> bool:
-        """Return whether an item of `size` bytes may be added."""
-        places = len(self.ready) + self._in_line + len(self.resting) + self.reserved
-        return places < self.max_items and (self.bytes + size <= self.max_bytes or not self.bytes)
+        """Return whether an item of `size` bytes fits."""
+        held = self.bytes
+        return self._waiting + self.reserved < self.max_items and not (held and held + size > self.max_bytes)
+
+    def offer(self, item: T) -> bool:
+        """Add a new item if it fits; return whether it did."""
+        held = self.bytes
+        if self._waiting + self.reserved >= self.max_items or (held and held + item.size > self.max_bytes):
+            return False
+        self.add(item)
+        return True
 
     def add(self, item: T) -> None:
         """Add a new item, whether it fits or not."""
         self.bytes += item.size
+        self._waiting += 1
         self._count += 1
         item.number = self._count
         if item.key is not None:
             line = self._lines.get(item.key)
             if line is not None:
                 line.append(item)
-                self._in_line += 1
                 return
             self._lines[item.key] = deque()
         self.ready.append(item)
@@ -73,6 +81,7 @@ class Backlog(Generic[T]):
     def take(self) -> T:
         """Take the first of those that are ready: there must be one."""
         item = self.ready.popleft()
+        self._waiting -= 1
         self.bytes -= item.size
         return item
 
@@ -82,7 +91,6 @@ class Backlog(Generic[T]):
             return
         line = self._lines.get(item.key)
         if line:
-            self._in_line -= 1
             self._make_ready(line.popleft())
         else:
             self._lines.pop(item.key, None)
@@ -90,6 +98,7 @@ class Backlog(Generic[T]):
     def rest(self, item: T) -> None:
         """Let an item that was taken come back, whether it fits or not, but not be ready."""
         self.bytes += item.size
+        self._waiting += 1
         self.resting[item] = None
 
     def end_rest(self, item: T) -> None:
@@ -113,9 +122,9 @@ class Backlog(Generic[T]):
             self.done(item)
         elif item in self._lines.get(item.key, ()):
             self._lines[item.key].remove(item)
-            self._in_line -= 1
         else:
             return False
+        self._waiting -= 1
         self.bytes -= item.size
         return True
 
@@ -129,5 +138,5 @@ class Backlog(Generic[T]):
         items = sorted(itertools.chain(self.ready, self.resting, *self._lines.values()), key=_number)
         for held in (self.ready, self.resting, self._lines):
             held.clear()
-        self._in_line = self.bytes = 0
+        self._waiting = self.bytes = 0
         return items

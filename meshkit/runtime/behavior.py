@@ -115,7 +115,7 @@ class Behavior(Generic[P]):
         if (self.upgrade or self.older) and type(self.older) is not type(self):
             raise TypeError("a newer version is declared from the one before: OLDER.next(...)")
 
-    @property
+    @functools.cached_property
     def version(self) -> int:
         """1, or one more than that of the version before."""
         return 1 if self.older is None else self.older.version + 1
@@ -166,13 +166,14 @@ class Behavior(Generic[P]):
         """What decodes its payload, checking every field."""
         return self._declared_payload.decoder
 
+    @functools.cached_property
+    def check(self) -> Callable[[object], None]:
+        """Raises `TypeError` unless it is given a payload of the declared type, as far as `isinstance` can tell."""
+        return self._declared_payload.check
+
     def prepare(self) -> None:
         """Raise an error if its types cannot travel, and have to."""
         _ = self.decoder
-
-    def check(self, payload: object) -> None:
-        """Raise `TypeError` unless `payload` is of the declared type, as far as `isinstance` can tell."""
-        self._declared_payload.check(payload)
 
 
 @dataclass(frozen=True, repr=False)
@@ -255,7 +256,12 @@ class Request(Behavior[P], Generic[P, R_co]):
     def _declared_reply(self) -> Declared[R_co]:
         return Declared(f"{self.kind}: the reply", self.reply)
 
-    @property
+    @functools.cached_property
+    def check_reply(self) -> Callable[[object], None]:
+        """Raises `TypeError` unless it is given a reply of the declared type, as far as `isinstance` can tell."""
+        return self._declared_reply.check
+
+    @functools.cached_property
     def reply_decoder(self) -> msgspec.msgpack.Decoder[R_co]:
         """What decodes its reply, checking every field."""
         return self._declared_reply.decoder
@@ -263,10 +269,6 @@ class Request(Behavior[P], Generic[P, R_co]):
     def prepare(self) -> None:
         """Raise an error if its types cannot travel."""
         _ = self.decoder, self.reply_decoder
-
-    def check_reply(self, reply: object) -> None:
-        """Raise `TypeError` unless `reply` is of the declared type, as far as `isinstance` can tell."""
-        self._declared_reply.check(reply)
 
 
 def local(kind: str, payload: type[P], **options: Unpack[Options[P]]) -> Local[P]:

@@ -5,6 +5,7 @@ asked. Whoever gives up, for whatever reason, lets that node know, so that it do
 """
 
 import asyncio
+import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
@@ -16,6 +17,7 @@ from meshkit import _check, _time
 from meshkit.call_registry import CallRegistry
 from meshkit.errors import CallTimeout, Executed, MeshkitError, OutcomeUnknown, PeerLost, Refused, RemoteError
 from meshkit.runtime.behavior import Request
+from meshkit.runtime.journal import Journal
 from meshkit.runtime.message import Message
 from meshkit.runtime.wire import Ask, Cancel, Failure, Reply, Wire, encode_payload, to_error
 
@@ -56,43 +58,65 @@ class TooFewReplies(OutcomeUnknown):
 
 
 class Calls:
-    """The calls of one node. `post(to, wire, size)` sends."""
+    """The calls of one node. `check_size(to, bytes)` raises what forbids so large a payload; `post(to, wire)` sends."""
 
-    def __init__(self, node: str, post: Callable[[str, Wire, int], None]) -> None:
+    def __init__(
+        self, node: str, check_size: Callable[[str, int], None], post: Callable[[str, Wire], None], journal: Journal
+    ) -> None:
         self._node = node
+        self._check_size = check_size
         self._post = post
+        self._journal = journal
         self._registry: CallRegistry[msgspec.Raw] = CallRegistry(name=f"calls of node {node!r}")
         self._loop = asyncio.get_running_loop()
-        self._now = _time.Clock().now
+        self._now = _time.clock_of(self._loop)
         self._asked: dict[str, tuple[str, str]] = {}  # by id of a call: the node that was asked, and the kind
 
     def __len__(self) -> int:
         return len(self._registry)
 
-    async def call(self, behavior: Request[P, R], message: Message[P], to: str, timeout: float) -> R:
-        """Ask the node `to`, and return its reply."""
-        kind, call_id = behavior.kind, message.id
-        remaining = min(timeout, anyio.current_effective_deadline() - self._now())
-        remaining = max(0.0, min(remaining, _LONGEST))  # the deadline of a scope that has been cancelled is -infinity
-        encoded = encode_payload(message.payload)
-        ask = Ask(call_id, kind, behavior.version, message.time, int(remaining * 1000), encoded)
+    async def call(
+        self,
+        behavior: Request[P, R],
+        message: Message[P],
+        to: str,
+        timeout: float,
+        then: Callable[[], object] | None = None,
+    ) -> R:
+        """Ask the node `to`, and return its reply. `then` is called once the request is on its way."""
+        kind, call_id, note = behavior.kind, message.id, self._journal.note
         if call_id in self._asked:
             raise ValueError(f"a call with the id {call_id!r} is pending already: wait for it, or use a new id")
+        remaining = min(timeout, anyio.current_effective_deadline() - self._now(), _LONGEST)
+        milliseconds = int(remaining * 1000) if remaining > 0 else 0  # of a cancelled scope it is -infinity
+        payload = encode_payload(message.payload)
+        self._check_size(to, len(payload))
+        ask = Ask(call_id, kind, behavior.version, message.time, milliseconds, payload)
         self._asked[call_id] = (to, kind)
         try:
-            reply = await self._registry.call(lambda _: self._post(to, ask, len(encoded)), timeout=timeout, id=call_id)
-        except CallTimeout:
-            self._post(to, Cancel(call_id), 0)
-            raise CallTimeout(name=f"{kind!r} on node {to!r}", timeout=timeout) from None
-        except asyncio.CancelledError:
-            self._post(to, Cancel(call_id), 0)
+            reply = await self._registry.call(functools.partial(self._send, to, ask, then), timeout=timeout, id=call_id)
+        except BaseException as error:
+            if isinstance(error, CallTimeout):
+                error.name = f"{kind!r} on node {to!r}"
+            if isinstance(error, CallTimeout | asyncio.CancelledError):
+                self._post(to, Cancel(call_id))
+            failed = isinstance(error, Exception)
+            note((call_id, f"no reply: {error}" if failed else "nobody waits for the reply any more", ""))
             raise
         finally:
             del self._asked[call_id]
+        note((call_id, "answered by", to))
         try:
             return behavior.reply_decoder.decode(reply)
         except Exception as error:
             raise RemoteError(node=to, kind=kind, code="bad_reply") from error
+
+    def _send(self, to: str, ask: Ask, then: Callable[[], object] | None, _: str) -> None:
+        self._journal.note((ask.id, "asked of", to))
+        self._journal.send(ask.kind, ask.id, to)
+        self._post(to, ask)
+        if then is not None:
+            then()
 
     def answered(self, sender: str, answer: Reply | Failure) -> bool:
         """Take an answer; return whether it may be one: it is not, if another node was asked."""
@@ -166,7 +190,10 @@ async def gather(
             for node in nodes:
                 group.start_soon(ask, node, group.cancel_scope, name=f"{name}:{node}")
     if wrong:
-        raise wrong[0]
+        try:
+            raise wrong[0]
+        finally:
+            wrong.clear()  # it holds the error, and that holds this frame: a cycle
     if len(replies) >= needed:
         return Replies(replies, errors)
     asked = len(nodes) if needed <= len(nodes) else 0

@@ -1,7 +1,7 @@
 """Deliveries: what waits in a mailbox: a message for one handler."""
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, Literal
 
 import anyio
 import msgspec
@@ -36,15 +36,18 @@ class Delivery(msgspec.Struct, eq=False):
 def delivery_of(handler: Handler, message: Message[Any], size: int = 0, *, is_call: bool = False) -> Delivery:
     """Return a delivery with the key that the behavior says."""
     delivery = Delivery(handler, message, size, is_call)
-    order_by = handler.behavior.order_by
-    if order_by is not None:
-        try:
-            delivery.key = (message.sender if order_by == "sender" else order_by(message),)
-            hash(delivery.key)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:  # noqa: BLE001 - it fails as if the handler had raised it
-            name = type(error).__name__
-            delivery.key = None
-            delivery.order_error = error if isinstance(error, Exception) else RuntimeError(f"it raised {name}")
+    if handler.order_by is not None:
+        _order(delivery, handler.order_by)
     return delivery
+
+
+def _order(delivery: Delivery, order_by: Literal["sender"] | Callable[[Message[Any]], Hashable]) -> None:
+    try:
+        delivery.key = (delivery.message.sender if order_by == "sender" else order_by(delivery.message),)
+        hash(delivery.key)
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - it fails as if the handler had raised it
+        name = type(error).__name__
+        delivery.key = None
+        delivery.order_error = error if isinstance(error, Exception) else RuntimeError(f"it raised {name}")

@@ -22,7 +22,7 @@ from meshkit.runtime.mailbox import Mailbox
 from meshkit.runtime.mailboxes import Mailboxes
 from meshkit.runtime.message import Message
 from meshkit.runtime.service import Reject, Service
-from meshkit.runtime.stages import Continue, settle
+from meshkit.runtime.stages import Continue
 from meshkit.runtime.supervisor import ENDS_THE_PROCESS, Supervisor, take_back_cancellations
 from meshkit.runtime.wire import Failure, Reply, encode_payload, refusal
 
@@ -50,37 +50,42 @@ class Dispatcher:
         self._journal = journal
         self._answer = answer
         self._answers = Answers()
-        self._now = _time.Clock().now
+        self._now = _time.clock_of(asyncio.get_running_loop())
         self.serving: dict[tuple[str, str], Delivery] = {}  # calls that wait, run or rest, by caller and id
         self.mailboxes = Mailboxes(node, graph, supervisors, self._run)
 
     # --- into the mailbox
 
-    def _put(self, delivery: Delivery, *, reserved: bool = False) -> None:
-        self._journal.delivered += 1
-        self._journal.note(delivery.message.id, delivery.handler.queued, delivery.message.sender)
-        delivery.handler.mailbox.put(delivery, reserved=reserved)
-
     def offer(self, handler: Handler, message: Message[Any], size: int) -> bool:
         """Put a message into the mailbox of one handler; return False if there is no room for it."""
-        mailbox: Mailbox[Delivery] = handler.mailbox
-        if not mailbox.has_room(size):
-            if handler.behavior.overflow == "drop_oldest" and not mailbox.closed:
-                for oldest in mailbox.discard_oldest(size):
-                    self._journal.cancelled += 1
-                    self._journal.note(oldest.message.id, "given up in the mailbox: newer ones needed its place")
-            if not mailbox.has_room(size):
-                return False
-        self._put(delivery_of(handler, message, size))
+        delivery = delivery_of(handler, message, size)
+        if not (handler.mailbox.offer(delivery) or self._offer_instead(delivery)):
+            return False
+        self._took(handler, message)
         return True
+
+    def _took(self, handler: Handler, message: Message[Any]) -> None:
+        self._journal.delivered += 1
+        self._journal.note((message.id, handler.queued, message.sender))
+
+    def _offer_instead(self, delivery: Delivery) -> bool:
+        """Put a message into the mailbox instead of the oldest ones, where its behavior says so."""
+        mailbox: Mailbox[Delivery] = delivery.handler.mailbox
+        if delivery.handler.behavior.overflow != "drop_oldest" or mailbox.closed:
+            return False
+        for oldest in mailbox.discard_oldest(delivery.size):
+            self._journal.cancelled += 1
+            self._journal.note((oldest.message.id, "given up in the mailbox: newer ones needed its place", ""))
+        return mailbox.offer(delivery)
 
     def offer_all(self, handlers: Sequence[Handler], message: Message[Any]) -> bool:
         """Put a message into the mailboxes of all handlers; into none, and return False, if one of them has no room."""
+        if len(handlers) == 1:
+            return self.offer(handlers[0], message, 0)
+        if not all(handler.mailbox.has_room() for handler in handlers):
+            return False
         for handler in handlers:
-            if not handler.mailbox.has_room():
-                return False
-        for handler in handlers:
-            self._put(delivery_of(handler, message))
+            self.offer(handler, message, 0)
         return True
 
     async def deliver_all(self, handlers: Sequence[Handler], admit: Callable[[], Continue | None]) -> None:
@@ -104,29 +109,31 @@ class Dispatcher:
                 held.release()
         if passed is not None:
             for handler in handlers:
-                self._put(delivery_of(handler, passed.message), reserved=handler.mailbox is held)
-            settle(passed.then)
+                if held is not None and handler.mailbox is held:
+                    held.put_reserved(delivery_of(handler, passed.message))
+                    self._took(handler, passed.message)
+                else:
+                    self.offer(handler, passed.message, 0)
+            if passed.then is not None:
+                passed.then()
 
     def serve(self, handler: Handler, message: Message[Any], size: int) -> MeshkitError | None:
         """Put a call into the mailbox: it will be answered. Or return why not."""
         mailbox: Mailbox[Delivery] = handler.mailbox
-        if mailbox.closed:
-            return Draining(node=self._node)
-        if not mailbox.has_room(size):
-            return mailbox.overloaded()
         delivery = delivery_of(handler, message, size, is_call=True)
+        if not mailbox.offer(delivery):
+            return Draining(node=self._node) if mailbox.closed else mailbox.overloaded()
         self.serving[message.sender, message.id] = delivery
-        self._put(delivery)
+        self._took(handler, message)
         return None
 
     def repeated(self, message: Message[Any]) -> bool:
         """Return whether this request came before; if so, it joins the work in flight, or is answered again."""
-        caller, call_id = message.sender, message.id
-        delivery = self.serving.get((caller, call_id))
+        delivery = self.serving.get((message.sender, message.id))
         if delivery is None:
-            answer = self._answers.get(caller, call_id, self._now())
+            answer = self._answers.get(message.sender, message.id, self._now())
             if answer is not None:
-                self._answer(caller, answer)
+                self._answer(message.sender, answer)
             return answer is not None
         if not delivery.caller_waits or (delivery.scope is not None and delivery.scope.cancel_called):
             delivery.again = message  # its turn comes when the handler that is being cancelled has ended
@@ -153,7 +160,7 @@ class Dispatcher:
             return
         delivery.handler.mailbox.discard(delivery)
         self._journal.cancelled += 1
-        self._journal.note(call_id, f"given up by its caller before {delivery.its_turn}")
+        self._journal.note((call_id, f"given up by its caller before {delivery.its_turn}", ""))
         del self.serving[caller, call_id]
 
     def lost(self, node: str) -> None:
@@ -172,7 +179,8 @@ class Dispatcher:
             if delivery.order_error is not None:
                 _fail(delivery.order_error)
             await delivery.handler.method(delivery.message)
-            self._handled(delivery)
+            self._journal.handled += 1
+            self._journal.note((delivery.message.id, delivery.handler.ended, ""))
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its failure
             return self.failures.failed(delivery, error)
         except asyncio.CancelledError as error:
@@ -191,7 +199,7 @@ class Dispatcher:
         try:
             if message.deadline <= self._now():  # what has expired never starts
                 self._journal.cancelled += 1
-                self._journal.note(message.id, f"expired before {delivery.its_turn}")
+                self._journal.note((message.id, f"expired before {delivery.its_turn}", ""))
                 return None
             scope.deadline = message.deadline
             if delivery.order_error is not None:
@@ -199,10 +207,11 @@ class Dispatcher:
             reply = await handler.method(message)
             handler.behavior.check_reply(reply)
             answer = Reply(message.id, encode_payload(reply))
-            self._handled(delivery)
+            self._journal.handled += 1
+            self._journal.note((message.id, handler.ended, ""))
         except Reject as reject:
             self._journal.failed += 1
-            self._journal.note(message.id, f"rejected by {handler.name}: {reject.code}")
+            self._journal.note((message.id, f"rejected by {handler.name}: {reject.code}", ""))
             answer = Failure(message.id, "failed", reject.detail, code=reject.code, retryable=reject.retryable)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its failure; its caller learns no more
             again = self.failures.failed(delivery, error)
@@ -210,7 +219,7 @@ class Dispatcher:
         except asyncio.CancelledError as error:
             if scope.cancel_called and not handler.mailbox.closed:
                 self._journal.cancelled += 1
-                self._journal.note(message.id, f"given up by its caller: {handler.name} was cancelled")
+                self._journal.note((message.id, f"given up by its caller: {handler.name} was cancelled", ""))
                 raise
             answer = Failure(message.id, "cut" if handler.mailbox.closed else "failed", code="internal")
             self._interrupted(delivery, error)
@@ -245,10 +254,6 @@ class Dispatcher:
         if delivery.caller_waits or again is not None:
             self._answer(message.sender, answer)
 
-    def _handled(self, delivery: Delivery) -> None:
-        self._journal.handled += 1
-        self._journal.note(delivery.message.id, delivery.handler.ended)
-
     def _interrupted(self, delivery: Delivery, error: asyncio.CancelledError) -> None:
         """Pass on the cancellation of a worker at the end. Any other one is the handler's own doing: its failure."""
         if delivery.handler.mailbox.closed:
@@ -270,7 +275,7 @@ class Dispatcher:
 
     def _cut(self, delivery: Delivery) -> None:
         self._journal.cut[delivery.message.kind] += 1
-        self._journal.note(delivery.message.id, "cut: the node stopped")
+        self._journal.note((delivery.message.id, "cut: the node stopped", ""))
 
     def close(self) -> None:
         """Answer the callers of handlers that refused to end."""

@@ -98,7 +98,7 @@ class Failures:
             delivery.attempts += 1
             self._journal.retried += 1
             step = f"{delivery.handler.name} raised {shown(error)}: again in {delay:.3g} s"
-            self._journal.note(delivery.message.id, step)
+            self._journal.note((delivery.message.id, step, ""))
         return delay
 
     def _delay(self, delivery: Delivery, error: Exception) -> float | None:
@@ -125,7 +125,7 @@ class Failures:
     def end(self, handler: Handler, letter: DeadLetter, raised: BaseException) -> None:
         """Do with a message that failed, in a handler or a stage, what its behavior says."""
         message, where = letter.message, "" if letter.stage == "handler" else f" at {letter.stage}"
-        self._journal.note(message.id, f"{letter.handler} failed{where}: {shown(raised)}")
+        self._journal.note((message.id, f"{letter.handler} failed{where}: {shown(raised)}", ""))
         if handler.behavior.on_error == "drop":
             return
         handler.service.log.error(

@@ -18,7 +18,7 @@ __all__ = ["Graph", "Handler"]
 class Handler:
     """One method of one service, for one behavior."""
 
-    __slots__ = ("behavior", "ended", "mailbox", "method", "name", "queued", "service")
+    __slots__ = ("behavior", "ended", "mailbox", "method", "name", "order_by", "queued", "service")
 
     mailbox: Mailbox[Any]
     """Where its messages wait; set when the node starts."""
@@ -27,8 +27,9 @@ class Handler:
         self.service = service
         self.method = method
         self.behavior = behavior
+        self.order_by = getattr(behavior, "order_by", None)
         self.name = f"{service.name}.{method.__name__}"
-        self.queued, self.ended = f"queued for {self.name}", f"handled by {self.name}"
+        self.queued, self.ended = f"queued for {self.name}, from", f"handled by {self.name}"
 
     def __repr__(self) -> str:
         return self.name

@@ -4,6 +4,7 @@ Read `received`, then `take`, `_on_tell` and `_on_ask`: in this order a message 
 no frame, whatever is in it, raises an error.
 """
 
+import asyncio
 import functools
 import math
 import re
@@ -35,7 +36,7 @@ from meshkit.runtime.message import Message
 from meshkit.runtime.outbox import PLAIN
 from meshkit.runtime.presence import Heartbeat
 from meshkit.runtime.routes import Route
-from meshkit.runtime.stages import Continue, Drop, Stopped, settle
+from meshkit.runtime.stages import Continue, Drop, Stopped
 from meshkit.runtime.wire import Ask, Beat, Cancel, Failure, Goodbye, Reply, Tell, Wire, decode, refusal
 
 __all__ = ["Intake", "reason_of"]
@@ -67,9 +68,18 @@ class Intake:
         self._prover = prover
         self._journal = journal
         self._answer = answer
-        self._now = _time.Clock().now
+        self._now = _time.clock_of(asyncio.get_running_loop())
+        self._takes: dict[type[Wire], Callable[[str, Any], object]] = {
+            Tell: self._on_tell,
+            Ask: self._on_ask,
+            Cancel: lambda sender, cancel: dispatcher.cancel(sender, cancel.id),
+            Reply: self._on_answer,
+            Failure: self._on_answer,
+            Beat: heartbeat.heard,
+            Goodbye: lambda sender, _: self.lost(sender, "it said goodbye"),
+        }
         for route in graph.routes.values():
-            route.compile(node, dispatcher.repeated)
+            route.compile(node, dispatcher.repeated, self._now)
 
     def received(self, sender: str, frame: bytes) -> None:
         """Take a frame from the transport, which says who the `sender` is; of one that is proved, the proof says it."""
@@ -121,19 +131,11 @@ class Intake:
         """Take what a node has sent, and is known to have sent."""
         if self._heartbeat.silent:
             self._heartbeat.silent.pop(sender, None)
-        if isinstance(wire, Tell):
-            self._on_tell(sender, wire)
-        elif isinstance(wire, Ask):
-            self._on_ask(sender, wire)
-        elif isinstance(wire, Cancel):
-            self._dispatcher.cancel(sender, wire.id)
-        elif isinstance(wire, Reply | Failure):
-            if not self._calls.answered(sender, wire):
-                self._journal.drop("", "kind", "wrong_sender", wire.id, sender)
-        elif isinstance(wire, Beat):
-            self._heartbeat.heard(sender, wire)
-        else:
-            self.lost(sender, "it said goodbye")
+        self._takes[type(wire)](sender, wire)
+
+    def _on_answer(self, sender: str, answer: Reply | Failure) -> None:
+        if not self._calls.answered(sender, answer):
+            self._journal.drop("", "kind", "wrong_sender", answer.id, sender)
 
     def _on_tell(self, sender: str, tell: Tell) -> None:
         route = self.routes.get((tell.kind, tell.version))
@@ -153,8 +155,8 @@ class Intake:
             return True
         full = [handler for handler in route.handlers if not self._dispatcher.offer(handler, passed.message, size)]
         taken = len(full) < len(route.handlers)
-        if taken:
-            settle(passed.then)
+        if taken and passed.then is not None:
+            passed.then()
         for handler in full:
             why = "draining" if handler.mailbox.closed else "overloaded"
             self._journal.drop(message.kind, "mailbox", why, message.id, message.sender)
@@ -187,12 +189,13 @@ class Intake:
                 handler = route.handlers[0]
                 full = self._dispatcher.serve(handler, passed.message, len(ask.payload))
                 if full is None:
-                    return settle(passed.then)
+                    if passed.then is not None:
+                        passed.then()
+                    return
                 self._journal.drop(ask.kind, "mailbox", reason_of(full), ask.id, sender)
                 answer = refusal(ask.id, full)
             if answer is not None:
                 self._answer(sender, answer)
-        return None
 
     def _stopped(self, route: Route, message: Message[Any], size: int, stopped: Stopped) -> Failure | None:
         """Take note of a message that a stage stopped; return what its caller is to be told, if anything."""

@@ -1,12 +1,12 @@
 """The journal of a node: what became of its messages, in numbers, and of the latest of them one by one.
 
 >>> journal = Journal()
->>> journal.note("5f", "sent to 'bob'")
+>>> journal.note(("5f", "sent to", "bob"))
 >>> journal.drop("social:tease", "rate_limit", "rate_limited", "5f", "bob")
 >>> print(journal.explain("5f"))
 message 5f
-  sent to 'bob'
-  dropped at rate_limit: rate_limited (from node 'bob')
+  sent to node 'bob'
+  dropped at rate_limit: rate_limited, from node 'bob'
 """
 
 import asyncio
@@ -89,11 +89,10 @@ class Journal:
         self.dropped: Counter[tuple[str, str, str]] = Counter()
         self.drops: deque[MessageDropped] = deque(maxlen=self.DROPS)
         self._notes: deque[tuple[str, str, str]] = deque(maxlen=self.NOTES)
+        self.note = self._notes.append
+        """Remember a step of a message: (its id, the step, ""), or (its id, "sent to", a node). Most notes are never
+        read: they are put into words when somebody asks."""
         self._observer = observer
-
-    def note(self, message_id: str, step: str, sender: str = "") -> None:
-        """Remember a step of a message, and perhaps who had sent it."""
-        self._notes.append((message_id, step, sender))
 
     def send(self, kind: str, message_id: str, to: str | None) -> None:
         """Count a message that has left, and tell the observer."""
@@ -111,13 +110,14 @@ class Journal:
         dropped = MessageDropped(kind, stage, reason, message_id, sender, detail)
         self.drops.append(dropped)
         if message_id:
-            self.note(message_id, f"dropped at {stage}: {reason}{f' ({detail})' if detail else ''}", sender)
+            why = f"dropped at {stage}: {reason}{f' ({detail})' if detail else ''}{', from' if sender else ''}"
+            self.note((message_id, why, sender))
         notify(self._observer, dropped)
 
     def explain(self, message_id: str) -> str:
         """Tell the story of a message, as far as it is remembered."""
-        notes = [(step, sender) for of, step, sender in self._notes if of == message_id]
-        steps = [f"{step} (from node {sender!r})" if sender else step for step, sender in notes]
+        notes = [(step, node) for of, step, node in self._notes if of == message_id]
+        steps = [f"{step} node {node!r}" if node else step for step, node in notes]
         return "\n  ".join([f"message {message_id}", *(steps or ["nothing is remembered of it here"])])
 
     def stats(self, *, queued: int, running: int, pending: int) -> RuntimeStats:

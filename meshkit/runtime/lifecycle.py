@@ -42,15 +42,15 @@ class Lifecycle:
             raise RuntimeError(f"node {self.name!r} is not running: use `async with`, or `await rt.start()`")
         if life.over:
             raise Closed(name=f"node {self.name!r}") from life.failure
-        self._require_its_loop(life)
+        if running_loop() is not life.loop:
+            raise self._on_another_loop()
         return life
 
-    def _require_its_loop(self, life: Life) -> None:
-        if running_loop() is not life.loop:
-            raise RuntimeError(
-                f"node {self.name!r} runs on another event loop: await it there; from other threads, "
-                "through anyio.from_thread or asyncio.run_coroutine_threadsafe"
-            )
+    def _on_another_loop(self) -> RuntimeError:
+        return RuntimeError(
+            f"node {self.name!r} runs on another event loop: await it there; from other threads, "
+            "through anyio.from_thread or asyncio.run_coroutine_threadsafe"
+        )
 
     async def start(self) -> None:
         """Start the services in order; return when all are ready. Where one fails, those that had started are stopped.
@@ -83,7 +83,8 @@ class Lifecycle:
         life = self._life
         if life is None or life.need_not_close:
             return
-        self._require_its_loop(life)
+        if running_loop() is not life.loop:
+            raise self._on_another_loop()
         if life.owns(asyncio.current_task()):
             life.ask_to_close()
         else:
@@ -98,7 +99,8 @@ class Lifecycle:
         """
         if self._life is None:
             raise RuntimeError(f"node {self.name!r} is not running")
-        self._require_its_loop(self._life)
+        if running_loop() is not self._life.loop:
+            raise self._on_another_loop()
         await self._told(self._life.wait())
 
     async def _told(self, end: Coroutine[Any, Any, None]) -> None:

@@ -15,7 +15,7 @@ import asyncio
 import contextvars
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import anyio
 
@@ -63,8 +63,8 @@ class Mailbox(Generic[T]):
         self._waiters: OrderedDict[asyncio.Future[None], None] = OrderedDict()
         self._workers: set[asyncio.Task[None]] = set()
         self._started = 0  # workers so far, for their names
-        self._waking = False  # whether a worker has been woken or spawned that has not run yet
-        self._idle: asyncio.Future[None] | None = None  # what the one idle worker waits for
+        self._woken: asyncio.Task[None] | None = None  # the worker that has been woken or spawned, and has not run yet
+        self._idle: tuple[asyncio.Future[None], asyncio.Task[None]] | None = None  # the idle worker, and what wakes it
         self._quiet: asyncio.Future[None] | None = None  # what `quiet` waits for
         self._opened = False
         self.closed = False
@@ -85,12 +85,19 @@ class Mailbox(Generic[T]):
             return Overloaded(name=f"{self.name}, in bytes", limit=backlog.max_bytes)
         return Overloaded(name=self.name, limit=backlog.max_items)
 
-    def put(self, item: T, *, reserved: bool = False) -> None:
-        """Put `item`, for which there is room, or a place that was reserved."""
-        if reserved:
-            self._backlog.reserved -= 1
+    def offer(self, item: T) -> bool:
+        """Put `item`, if there is room for it; return whether there was."""
+        if self._waiters or self.closed or not self._backlog.offer(item):
+            return False
+        if self._woken is None and self._ready and self._opened:
+            self._wake()
+        return True
+
+    def put_reserved(self, item: T) -> None:
+        """Put `item` in a place that was reserved."""
+        self._backlog.reserved -= 1
         self._backlog.add(item)
-        if self._ready and self._opened and not self._waking:
+        if self._ready and self._opened:
             self._wake()
 
     async def reserve(self) -> None:
@@ -165,43 +172,44 @@ class Mailbox(Generic[T]):
             self._wake()
 
     def _wake(self) -> None:
-        if self._waking:
+        if self._woken is not None:
             return
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        if self._idle is not None and not self._idle[0].done():
+            wakes, self._woken = self._idle
+            wakes.set_result(None)
         elif len(self._workers) < self._max_concurrent:
             self._started += 1
-            task = self._spawn(self._work, f"worker-{self._started}")
+            self._woken = task = self._spawn(self._work, f"worker-{self._started}")
             self._workers.add(task)
             task.add_done_callback(self._on_worker_ended)
-        else:
-            return
-        self._waking = True
 
     def _on_worker_ended(self, task: "asyncio.Task[None]") -> None:
         self._workers.discard(task)
-        self._waking = False
+        if self._woken is task:
+            self._woken = None
         if self._ready and not self.closed:  # a handler cancelled its own worker: the others go on
             self._wake()
 
     async def _work(self) -> None:
         _inside.set(self)
+        me = cast("asyncio.Task[None]", asyncio.current_task())
         while True:
             with anyio.CancelScope() as scope:
-                await self._take(scope)
+                await self._take(scope, me)
             if not scope.cancel_called:
                 return
 
-    async def _take(self, scope: anyio.CancelScope) -> None:
+    async def _take(self, scope: anyio.CancelScope, me: "asyncio.Task[None]") -> None:
         """Take items until another worker is idle, since one is enough; or until `scope` was cancelled with an item."""
-        taken = 0
         while True:
-            self._waking = False  # this one runs
+            taken = 0
+            if self._woken is me:
+                self._woken = None
             while self._ready and not scope.cancel_called:
                 item = self._backlog.take()
                 if self._waiters:
                     self._admit()
-                if self._ready and not self._waking:
+                if self._ready and self._woken is None:
                     self._wake()
                 self.running += 1
                 delay = None
@@ -220,9 +228,10 @@ class Mailbox(Generic[T]):
                     await asyncio.sleep(0)
             if scope.cancel_called or self._idle is not None or self.closed:
                 return
-            self._idle = asyncio.get_running_loop().create_future()
+            wakes = asyncio.get_running_loop().create_future()
+            self._idle = (wakes, me)
             try:
-                await self._idle
+                await wakes
             finally:
                 self._idle = None
 

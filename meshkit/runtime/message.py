@@ -5,13 +5,14 @@
 """
 
 import math
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 import msgspec
 
 from meshkit._entropy import random_bytes
 
-__all__ = ["MAX_ID", "MAX_NAME", "Ids", "Message", "check_id", "check_name", "is_name"]
+__all__ = ["MAX_ID", "MAX_NAME", "Message", "check_id", "check_name", "is_name", "new_ids"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -58,24 +59,16 @@ def check_id(message_id: object) -> str:
     """Return the id of a request, which must be short text: ids are remembered."""
     if not isinstance(message_id, str) or not 0 < len(message_id) <= MAX_ID:
         raise ValueError(f"id must be text of 1 to {MAX_ID} characters, not {message_id!r:.80}")
+    message_id.encode()  # lone surrogates cannot travel
     return message_id
 
 
-class Ids:
-    """Makes ids that nobody can guess: 128 bits from the operating system, as 32 hexadecimal digits.
+def new_ids() -> Iterator[str]:
+    """Yield ids that nobody can guess: 128 bits from the operating system, as 32 hexadecimal digits.
 
     They are drawn 256 at a time, which costs a third of drawing each.
     """
-
-    def __init__(self) -> None:
-        self._drawn = ""
-        self._at = 0
-
-    def new(self) -> str:
-        """Return an id that was never used."""
-        at = self._at
-        if at == len(self._drawn):
-            self._drawn = random_bytes(16 * 256).hex()
-            at = 0
-        self._at = at + 32
-        return self._drawn[at : at + 32]
+    while True:
+        drawn = random_bytes(16 * 256).hex()
+        for at in range(0, len(drawn), 32):
+            yield drawn[at : at + 32]

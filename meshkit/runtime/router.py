@@ -7,7 +7,7 @@ the answer. What comes from other nodes arrives at the intake.
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from meshkit import _check, _time
@@ -22,11 +22,11 @@ from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.intake import Intake, reason_of
 from meshkit.runtime.journal import Journal, RuntimeStats
-from meshkit.runtime.message import Ids, Message, check_id
+from meshkit.runtime.message import Message, check_id, new_ids
 from meshkit.runtime.outbox import Outbox
 from meshkit.runtime.presence import Heartbeat, Presence
 from meshkit.runtime.service import Service
-from meshkit.runtime.stages import Continue, Drop, settle
+from meshkit.runtime.stages import Continue, Drop
 from meshkit.runtime.supervisor import Supervisor
 from meshkit.runtime.transport import Transport
 from meshkit.runtime.wire import MAX_KINDS, Ask, Beat, Failure, Goodbye, Reply, Tell, Wire, encode_payload
@@ -62,7 +62,7 @@ class Router:
         self.journal = Journal(observer)
         self.presence = Presence()
         self.dispatcher = Dispatcher(node, graph, supervisors, self.journal, letters, self._answer, escalate)
-        self.calls = Calls(node, self._post)
+        self.calls = Calls(node, self._check_size, self._post, self.journal)
         self.outbox = Outbox(transport, prover, self._on_unsent)
         self.heartbeat = Heartbeat(self.presence, beat, self.outbox.post, self._on_gone, observer)
         self.intake = Intake(
@@ -73,7 +73,7 @@ class Router:
         self._transport = transport
         self._max_payload = math.inf if prover is None else prover.max_bundle - _ENVELOPE
         self._log = log
-        self._new_id = Ids().new
+        self._new_id = new_ids().__next__
         self._wall = _time.wall_of(_time.running_loop())
         self._turns: Counter[str] = Counter()  # by kind: how often any node was asked, so that each gets its turn
 
@@ -81,33 +81,29 @@ class Router:
 
     async def emit(self, behavior: Local[P] | Broadcast[P], payload: P, to: str | None) -> str:
         """Send a message that nobody answers, and return its id."""
-        if not isinstance(behavior, Local | Broadcast):  # pyright: ignore[reportUnnecessaryIsInstance]  # untyped callers
-            raise TypeError(f"emit() takes a local kind or a broadcast; {behavior!r} is for call(), if it is a request")
-        message, then = self._emitted(behavior, self._new_id(), payload)
         if isinstance(behavior, Local):
             if to is not None:
                 raise ValueError(f"{behavior!r} never leaves its node, so it cannot be emitted to {to!r}")
-            await self._emit_here(behavior, message)
+            message, then = self._emitted(behavior, self._new_id(), payload)
+            full = self._emit_here(behavior, message)
+            if full is not None:
+                await full
+        elif isinstance(behavior, Broadcast):  # pyright: ignore[reportUnnecessaryIsInstance]  # untyped callers
+            message, then = self._emitted(behavior, self._new_id(), payload)
+            self._emit_out(behavior, message, to)
         else:
-            encoded = encode_payload(message.payload)
-            tell = Tell(message.id, message.kind, behavior.version, message.time, encoded)
-            if to is None:
-                self._fitting(len(encoded))
-                self.outbox.post(None, tell)
-                self.journal.note(message.id, "sent to every node")
-                self.intake.take(self._node, tell)
-            else:
-                self._require_way(to)
-                self.journal.note(message.id, f"sent to node {to!r}")
-                self._post(to, tell, len(encoded))
-        settle(then)
+            raise TypeError(f"emit() takes a local kind or a broadcast; {behavior!r} is for call(), if it is a request")
+        if then is not None:
+            then()
         self.journal.send(message.kind, message.id, to)
         return message.id
 
-    async def _emit_here(self, behavior: Local[P], message: Message[P]) -> None:
+    def _emit_here(self, behavior: Local[P], message: Message[P]) -> Awaitable[None] | None:
+        """Put a message into the mailboxes of this node; where there is no room, return what waits for it."""
         route = self._graph.local_route(behavior)
         if route is None:
-            return self.journal.drop(message.kind, "kind", "no_handler", message.id, self._node)
+            self.journal.drop(message.kind, "kind", "no_handler", message.id, self._node)
+            return None
         if behavior.overflow in {"drop_newest", "drop_oldest"}:
             self.intake.receive(route, message, 0)
             return None
@@ -115,34 +111,52 @@ class Router:
         if passed is None:
             return None
         if self.dispatcher.offer_all(route.handlers, passed.message):
-            settle(passed.then)
-        elif behavior.overflow == "refuse":
+            if passed.then is not None:
+                passed.then()
+            return None
+        if behavior.overflow == "refuse":
             full = next(handler.mailbox for handler in route.handlers if not handler.mailbox.has_room())
             self.journal.drop(message.kind, "mailbox", "overloaded", message.id, self._node)
             raise full.overloaded()
-        else:  # meanwhile others may come in, so that the stages are asked again
-            await self.dispatcher.deliver_all(route.handlers, lambda: self.intake.admit(route, message, 0))
-        return None
+        # Meanwhile others may come in, so that the stages are asked again.
+        return self.dispatcher.deliver_all(route.handlers, lambda: self.intake.admit(route, message, 0))
 
-    async def call(self, behavior: Request[P, R], payload: P, to: str | None, timeout: float, call_id: str | None) -> R:
-        """Ask the node `to` (None: any one that handles the kind), and return its reply."""
+    def _emit_out(self, behavior: Broadcast[P], message: Message[P], to: str | None) -> None:
+        encoded = encode_payload(message.payload)
+        tell = Tell(message.id, message.kind, behavior.version, message.time, encoded)
+        self._check_size(to, len(encoded))
+        if to is None:
+            self.outbox.post(None, tell)
+            self.journal.note((message.id, "sent to every node", ""))
+            self.intake.take(self._node, tell)
+        else:
+            self._require_way(to)
+            self.journal.note((message.id, "sent to", to))
+            self._post(to, tell)
+
+    def call(
+        self, behavior: Request[P, R], payload: P, to: str | None, timeout: float, call_id: str | None
+    ) -> Awaitable[R]:
+        """Ask the node `to` (None: any one that handles the kind); what this returns waits for its reply."""
         if not isinstance(behavior, Request):
             raise TypeError(f"{behavior!r} has no reply: use emit()")
         timeout = _check.duration("timeout", timeout)
-        if call_id is not None and to is None:
-            raise ValueError("id needs to: only the node that was asked knows what it has answered")
+        if to is None:
+            if call_id is not None:
+                raise ValueError("id needs to: only the node that was asked knows what it has answered")
+            return self._call_any(behavior, payload, timeout)
         message_id = self._new_id() if call_id is None else check_id(call_id)
         message, then = self._emitted(behavior, message_id, payload)
-        settle(then)
-        if to is not None:
-            return await self._ask(behavior, message, to, timeout, repeats=call_id is not None)
+        return self._ask(behavior, message, to, timeout, then, repeats=call_id is not None)
+
+    async def _call_any(self, behavior: Request[P, R], payload: P, timeout: float) -> R:
+        message, then = self._emitted(behavior, self._new_id(), payload)
         nodes = self._that_handle(behavior.kind) or self._of_whom_nothing_is_known()
         if not nodes:
             raise self._nobody(behavior.kind)
-        reply: R = await first_that_takes_it(
-            nodes, timeout, lambda node, left: self._ask(behavior, message, node, left)
+        return await first_that_takes_it(
+            nodes, timeout, lambda node, left: self._ask(behavior, message, node, left, then)
         )
-        return reply
 
     async def call_many(
         self, behavior: Request[P, R], payload: P, to: Sequence[str] | None, timeout: float, quorum: int | None
@@ -161,26 +175,22 @@ class Router:
             name=f"{behavior.kind!r} from node {self._node!r}",
         )
 
-    async def _ask(
-        self, behavior: Request[P, R], message: Message[P], to: str, timeout: float, *, repeats: bool = False
-    ) -> R:
+    def _ask(
+        self,
+        behavior: Request[P, R],
+        message: Message[P],
+        to: str,
+        timeout: float,
+        then: Callable[[], object] | None,
+        *,
+        repeats: bool = False,
+    ) -> Awaitable[R]:
         peer = self.presence.peers.get(to)
         if peer is not None and peer.draining and not repeats:  # what it has it finishes, and it repeats its answers
             raise Draining(node=to)
         if to in self.presence.silent:
             raise Unreachable(node=to, reason="it has fallen silent")
-        self.journal.note(message.id, f"asked of node {to!r}")
-        self.journal.send(message.kind, message.id, to)
-        end = "nobody waits for the reply any more"
-        try:
-            reply = await self.calls.call(behavior, message, to, timeout)
-            end = f"node {to!r} replied"
-            return reply
-        except MeshkitError as error:
-            end = f"no reply: {error}"
-            raise
-        finally:
-            self.journal.note(message.id, end)
+        return self.calls.call(behavior, message, to, timeout, then)
 
     def _that_handle(self, kind: str) -> Sequence[str]:
         """Return the nodes that take requests of a kind, each time beginning with another one."""
@@ -222,13 +232,15 @@ class Router:
             self.journal.drop(message.kind, stage, outcome.reason, message.id, self._node)
             raise NotAccepted(kind=message.kind, node=self._node, reason=f"{outcome.reason} (stage {stage})")
         self.journal.drop(message.kind, stage, reason_of(outcome.error), message.id, self._node)
-        raise outcome.error
+        try:
+            raise outcome.error
+        finally:
+            del passed, outcome  # they hold the error, and it holds this frame: a cycle
 
-    def _fitting(self, size: int) -> int:
-        """Return the size of a payload, which must fit into a frame."""
-        if size > self._max_payload:
+    def _check_size(self, to: str | None, size: int) -> None:
+        """Raise an error unless a payload fits into a frame, which it needs to leave this node."""
+        if size > self._max_payload and to != self._node:
             raise ValueError(f"a payload of {size} bytes does not fit into a frame: it may have {self._max_payload}")
-        return size
 
     def _require_way(self, to: str) -> None:
         reachable = {self._node, *self._transport.peers, *self.presence.peers} - self.presence.silent.keys()
@@ -236,11 +248,10 @@ class Router:
             known = ", ".join(sorted(reachable - {self._node})) or "nobody"
             raise Unreachable(node=to, reason=f"node {self._node!r} can reach {known}")
 
-    def _post(self, to: str, wire: Wire, size: int = 0) -> None:
+    def _post(self, to: str, wire: Wire) -> None:
         if to == self._node:
             self.intake.take(to, wire)
         else:
-            self._fitting(size)
             self.outbox.post(to, wire)
 
     def _answer(self, caller: str, answer: Reply | Failure) -> None:
@@ -249,8 +260,8 @@ class Router:
             self._log.error(
                 "a reply of %d bytes to node %r does not fit into a frame", size, caller, message_id=answer.id
             )
-            answer, size = Failure(answer.id, "failed", code="internal"), 0
-        self._post(caller, answer, size)
+            answer = Failure(answer.id, "failed", code="internal")
+        self._post(caller, answer)
 
     def _on_unsent(self, to: str | None, wires: Sequence[Wire], error: Exception) -> None:
         """Tell those who wait for an answer, and count the rest."""

@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from meshkit import _time
 from meshkit.dedup import DedupCache
 from meshkit.errors import MalformedFrame, RateLimited
 from meshkit.rate_limiter import RateLimiter
 from meshkit.runtime.behavior import Behavior, Ephemeral, Local, Request
 from meshkit.runtime.message import Message
-from meshkit.runtime.stages import EMIT, RECEIVE, Continue, Drop, Fail, Outcome, Pipeline, Step
+from meshkit.runtime.stages import EMIT, RECEIVE, Continue, Drop, Fail, Passed, Pipeline, Step
 
 if TYPE_CHECKING:
     from meshkit.runtime.graph import Handler
@@ -23,6 +22,7 @@ _MAX_SEEN = 100_000
 """Messages of one kind that are remembered, so as not to be handled twice. Beyond, the oldest is forgotten."""
 _MAX_SENDERS = 10_000
 """Senders of one kind whose rate is limited at a time. Beyond, new ones are refused."""
+_DUPLICATE, _EXPIRED, _FILTERED = Drop("duplicate"), Drop("expired"), Drop("filtered")
 
 
 class Route:
@@ -54,24 +54,26 @@ class Route:
         out, back = (" -> ".join(filter(None, map(str, steps))) for steps in (emit, receive))
         return f"{behavior.kind}{version}\n  emit     {out}\n  receive  {back}"
 
-    def compile(self, node: str, repeated: Callable[[Message[Any]], bool]) -> None:
+    def compile(self, node: str, repeated: Callable[[Message[Any]], bool], now: Callable[[], float]) -> None:
         """Put its pipeline together, for one run of a node; first that of the route onward.
 
         `repeated` says whether a request came before.
         """
         behavior, steps = self.handled, list[Step]()
         if not isinstance(behavior, Local):
-            steps.append(Step("decode", functools.partial(self._decode, node)))
+            steps.append(Step("decode", self._decoder(node)))
         if self.onward is not None:
             steps.append(Step("upgrade", self._upgrade, f"to version {behavior.version}"))
-        self._steps = list(self._own_steps(node, repeated)) if self.onward is None else self.onward._steps
+        self._steps = list(self._own_steps(node, repeated, now)) if self.onward is None else self.onward._steps
         custom = [stage for stage in behavior.stages if stage.on == "receive"]
         self.pipeline = Pipeline([*steps, *self._steps], custom, check=behavior.check)
 
-    def _own_steps(self, node: str, repeated: Callable[[Message[Any]], bool]) -> Iterator[Step]:
+    def _own_steps(
+        self, node: str, repeated: Callable[[Message[Any]], bool], now: Callable[[], float]
+    ) -> Iterator[Step]:
         behavior, name = self.behavior, f"{self.behavior.kind!r} on node {node!r}"
         if isinstance(behavior, Request):
-            yield Step("dedupe", functools.partial(_drop_if, "duplicate", repeated), "by id")
+            yield Step("dedupe", _drop_if(_DUPLICATE, repeated), "by id")
         elif behavior.content_key is not None or not isinstance(behavior, Local | Ephemeral):
             seen = DedupCache(ttl=behavior.ttl, max_keys=_MAX_SEEN, name=name)
             how = f"by {'id' if behavior.content_key is None else 'content'}, for {behavior.ttl:g} s"
@@ -82,33 +84,38 @@ class Route:
             each = f"{max_count} in {window:g} s from each sender"
             yield Step("rate_limit", functools.partial(self._rate_limit, limiter), each)
         if behavior.filter is not None:
-            yield Step("filter", functools.partial(_filter, behavior.filter))
+            accepts = behavior.filter
+            yield Step("filter", _drop_if(_FILTERED, lambda message: not accepts(message)))
         if isinstance(behavior, Request):
-            yield Step("deadline", functools.partial(_drop_if, "expired", _expired))
+            yield Step("deadline", _drop_if(_EXPIRED, lambda message: message.deadline <= now()))
 
-    def _decode(self, node: str, message: Message[Any]) -> Outcome:
-        try:
-            payload = self.behavior.decoder.decode(message.payload)
-        except Exception as error:  # noqa: BLE001 - hostile bytes raise more than msgspec's own error
-            return Fail(MalformedFrame(reason=f"{message.kind!r} on node {node!r}: {error}"))
-        return Continue(
-            Message(message.id, message.kind, message.sender, payload, message.time, message.version, message.deadline)
-        )
+    def _decoder(self, node: str) -> Callable[[Message[Any]], Passed]:
+        decode = self.behavior.decoder.decode
 
-    def _upgrade(self, message: Message[Any]) -> Outcome:
+        # In quotes, or they would be evaluated each time: of that, Python 3.12 and 3.13 do not give everything back.
+        def run(msg: "Message[Any]") -> Passed:
+            try:
+                payload = decode(msg.payload)
+            except Exception as error:  # noqa: BLE001 - hostile bytes raise more than msgspec's own error
+                return Fail(MalformedFrame(reason=f"{msg.kind!r} on node {node!r}: {error}"))
+            return Message(msg.id, msg.kind, msg.sender, payload, msg.time, msg.version, msg.deadline)
+
+        return run
+
+    def _upgrade(self, message: Message[Any]) -> Passed:
         payload = message.payload
         for upgrade in self._upgrades:
             payload = upgrade(payload)
         self.handled.check(payload)
-        return Continue(replace(message, payload=payload, version=self.handled.version))
+        return replace(message, payload=payload, version=self.handled.version)
 
-    def _dedupe(self, seen: DedupCache, message: Message[Any]) -> Outcome:
+    def _dedupe(self, seen: DedupCache, message: Message[Any]) -> Passed:
         content_key = self.behavior.content_key
         # Only who has sent a message can use up its id.
         key: Hashable = (message.sender, message.id) if content_key is None else content_key(message.payload)
-        return Drop("duplicate") if seen.seen(key) else Continue(message, functools.partial(seen.mark, key))
+        return _DUPLICATE if seen.seen(key) else Continue(message, functools.partial(seen.mark, key))
 
-    def _rate_limit(self, limiter: RateLimiter, message: Message[Any]) -> Outcome:
+    def _rate_limit(self, limiter: RateLimiter, message: Message[Any]) -> Passed:
         sender = message.sender
         if limiter.check(sender):
             return Continue(message, functools.partial(limiter.allow, sender))
@@ -118,13 +125,5 @@ class Route:
         return Fail(RateLimited(name=name, key=sender, max_count=max_count, window=window, retry_after=wait))
 
 
-def _drop_if(reason: str, applies: Callable[[Message[Any]], bool], message: Message[Any]) -> Outcome:
-    return Drop(reason) if applies(message) else Continue(message)
-
-
-def _filter(accepts: Callable[[Message[Any]], bool], message: Message[Any]) -> Outcome:
-    return Continue(message) if accepts(message) else Drop("filtered")
-
-
-def _expired(message: Message[Any]) -> bool:
-    return message.deadline <= _time.now()
+def _drop_if(outcome: Drop, applies: "Callable[[Message[Any]], bool]") -> "Callable[[Message[Any]], Passed]":
+    return lambda message: outcome if applies(message) else message

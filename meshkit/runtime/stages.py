@@ -18,6 +18,7 @@ that goes no further leaves no trace, wherever it was stopped.
 ('no_shouting', Drop(reason='shouting'))
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from msgspec.structs import replace
 from meshkit.events import report
 from meshkit.runtime.message import Message, check_name
 
-__all__ = ["EMIT", "RECEIVE", "Continue", "Drop", "Fail", "Outcome", "Pipeline", "Stage", "Step", "Stopped", "settle"]
+__all__ = ["EMIT", "RECEIVE", "Continue", "Drop", "Fail", "Outcome", "Passed", "Pipeline", "Stage", "Step", "Stopped"]
 
 EMIT = ("id", "content_key", "prove", "transport", "notify")
 """The stages of a message on its way out. Frames, with many messages in them, are what is proved and transported."""
@@ -77,6 +78,8 @@ class Fail:
 
 
 Outcome: TypeAlias = Continue | Drop | Fail
+Passed: TypeAlias = Outcome | Message[Any]
+"""What the runtime's own stages return, which need no `Continue` to go on with a message."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Step(NamedTuple):
     """One stage of a pipeline: its name, what it runs, and what else there is to print."""
 
     name: str
-    run: Callable[[Message[Any]], Outcome]
+    run: Callable[[Message[Any]], Passed]
     details: str = ""
 
     def __str__(self) -> str:
@@ -160,44 +163,44 @@ class Pipeline:
 
     def run(self, message: Message[Any]) -> Continue | Stopped:
         """Return with what to go on, and what to do then; or what stopped it, and where. Changes nothing yet."""
-        if not self._steps:
-            return Continue(message)
-        thens: list[Callable[[], object]] = []
-        for name, run, _ in self._steps:
-            try:
+        name, thens = "", None
+        try:
+            for name, run, _ in self._steps:
                 outcome = run(message)
-            except Exception as error:  # noqa: BLE001 - whatever a stage raises is its failure
-                return Stopped(message, name, Fail(error))
-            except (KeyboardInterrupt, SystemExit, GeneratorExit):
-                raise
-            except BaseException as error:  # noqa: BLE001 - a CancelledError, too: nothing here waits, so it is its own
-                return Stopped(message, name, Fail(RuntimeError(f"stage {name!r} raised {type(error).__name__}")))
-            if not isinstance(outcome, Continue):
-                return Stopped(message, name, outcome)
-            message = outcome.message
-            if outcome.then is not None:
-                thens.append(outcome.then)
-        return Continue(message, lambda: _each(thens)) if thens else Continue(message)
-
-
-def settle(then: Callable[[], object] | None) -> None:
-    """Let the stages that a message has passed remember or charge what they have to, now that it is delivered."""
-    if then is not None:
-        then()
+                if isinstance(outcome, Message):
+                    message = outcome
+                    continue
+                if not isinstance(outcome, Continue):
+                    return Stopped(message, name, outcome)
+                message = outcome.message
+                if outcome.then is not None:
+                    thens = [*(thens or ()), outcome.then]
+        except Exception as error:  # noqa: BLE001 - whatever a stage raises is its failure
+            return Stopped(message, name, Fail(error))
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - a CancelledError, too: nothing here waits, so it is its own
+            return Stopped(message, name, Fail(RuntimeError(f"stage {name!r} raised {type(error).__name__}")))
+        return Continue(message) if thens is None else Continue(message, functools.partial(_each, thens))
 
 
 def _each(thens: list[Callable[[], object]]) -> None:
-    for then in thens:
+    """Call each one once, though the message may be sent several times: to one node after the other."""
+    while thens:
+        then = thens.pop(0)
         try:
             then()
-        except Exception as error:  # noqa: BLE001 - the message is delivered already
-            report(error, "a stage failed after the message was delivered", then)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:  # noqa: BLE001 - the message is delivered already
+            failure = error if isinstance(error, Exception) else RuntimeError(f"it raised {type(error).__name__}")
+            report(failure, "a stage failed after the message was delivered", then)
 
 
 def _careful(stage: Stage, check: Callable[[Any], None]) -> Callable[[Message[Any]], Outcome]:
     """Return what runs a custom stage, and lets nothing pass that the stages after it do not expect."""
 
-    def run(message: Message[Any]) -> Outcome:
+    def run(message: "Message[Any]") -> Outcome:  # in quotes, as in `Route`: not evaluated at each start
         if stage.before == "decode" and not isinstance(message.payload, bytes):
             message = replace(message, payload=bytes(message.payload))
         outcome: object = stage.run(message)

@@ -45,7 +45,8 @@ from meshkit.events import Observer
 from meshkit.logger import Logger
 from meshkit.runtime import Behavior, Broadcast, Local, Message, Receiver, Reject, Replies, Request, Runtime, Service
 from meshkit.runtime.calls import Calls
-from meshkit.runtime.message import Ids, check_name
+from meshkit.runtime.journal import Journal
+from meshkit.runtime.message import check_name, new_ids
 from meshkit.runtime.outbox import PLAIN
 from meshkit.runtime.wire import Ask, Beat, Failure, Reply, Tell, Wire, decode, encode, encode_payload, refusal
 from meshkit.testing.virtual_time import VirtualTimeLoop
@@ -247,7 +248,7 @@ class _Others:
             raise TypeError(f"peers must be names of nodes, as in [{peers!r}], not one string")
         self.sent: list[Sent] = []
         self.unscripted: dict[str, None] = {}  # what was asked for without a script
-        self.new_id = Ids().new
+        self.new_id = new_ids().__next__
         self.peers: dict[str, None] = {}
         self.calls: dict[str, Calls] = {}  # by node: those that it makes, while the tested one runs
         self._node = ""
@@ -342,7 +343,7 @@ class _Others:
         if self._receiver is None:
             return
         if peer not in self.calls:
-            self.calls[peer] = Calls(peer, lambda _, wire, size: self.deliver(peer, wire))
+            self.calls[peer] = Calls(peer, lambda _, size: None, lambda _, wire: self.deliver(peer, wire), Journal())
         self.deliver(peer, Beat(peer, tuple(sorted({kind for kind, _ in self._scripts})), _FOREVER))
 
     def deliver(self, sender: str, wire: Wire) -> None:

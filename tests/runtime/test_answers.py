@@ -66,7 +66,9 @@ def test_answers_are_remembered_as_in_a_naive_list(
         for other in range(8):
             assert real.get("alice", str(other), now) == model.get(str(other), now)
         assert real.get("bob", call_id, now) is None
-        assert len(real) <= max_answers
+        assert len(real) <= len(real._by_age) <= max_answers
+        whole, by_age = list(real._whole), list(real._by_age)
+        assert whole == by_age[len(by_age) - len(whole) :], "the end of it"
 
 
 def test_no_more_is_kept_than_came_within_the_time_to_live() -> None:

@@ -6,6 +6,7 @@ import gc
 import os
 import random
 import sys
+import weakref
 from typing import Any, cast
 
 import anyio
@@ -26,11 +27,11 @@ from meshkit.errors import (
     RemoteError,
     Unreachable,
 )
-from meshkit.runtime import Message, Runtime, Service, handles, request
-from meshkit.runtime.journal import Journal
+from meshkit.runtime import Continue, Message, Runtime, Service, Stage, handles, request
+from meshkit.runtime.journal import Journal, RuntimeStats
 from meshkit.runtime.outbox import PLAIN
 from meshkit.runtime.wire import Ask, Cancel, Failure, Reply, encode, encode_payload
-from meshkit.testing import CancellationPoint
+from meshkit.testing import CancellationPoint, run
 from meshkit.transports import MemoryHub, MemoryTransport
 from tests.runtime.nodes import ODD, SLEEP, STORE, TEASE, Node, Stash, Store, StoreAck, everywhere, mesh, plain
 from tests.runtime.test_messages import balanced, settle
@@ -645,6 +646,83 @@ async def test_an_id_of_which_a_call_is_pending_is_refused() -> None:
             await alice.call(SLEEP, 2.0, to="bob", id="5f")
         assert await first == 1.0
         assert stash.begun == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"payload": 3}, TypeError),
+        ({"payload": Store("\ud800")}, ValueError),
+        ({"to": []}, TypeError),
+        ({"timeout": 0}, ValueError),
+        ({"timeout": "1"}, TypeError),
+        ({"id": 5}, ValueError),
+        ({"id": "\ud800"}, ValueError),
+        ({"id": "5f", "to": None}, ValueError),
+    ],
+)
+async def test_a_call_that_is_called_wrongly_leaves_no_trace(wrong: dict[str, Any], error: type[Exception]) -> None:
+    async with mesh("alice", "bob") as (_, [alice, _], _):
+        arguments: dict[str, Any] = {"payload": Store("x"), "to": "bob"}
+        with pytest.raises(error):
+            await alice.call(STORE, **(arguments | wrong))
+        assert alice.stats() == RuntimeStats()
+        assert not cast("Any", alice)._life.router.journal._notes
+        assert not cast("Any", alice)._life.router.calls._asked
+
+
+async def test_a_call_for_which_there_is_no_room_among_the_pending_ones_was_not_sent() -> None:
+    async with mesh("alice", "bob") as (_, [alice, bob], _):
+        cast("Any", alice)._life.router.calls._registry._pending.max_pending = 1
+        first = asyncio.create_task(alice.call(SLEEP, 1.0, to="bob"))
+        await settle()
+        with pytest.raises(Overloaded, match="calls of node 'alice'") as caught:
+            await alice.call(SLEEP, 2.0, to="bob", id="second")
+        assert alice.explain("second") == f"message second\n  no reply: {caught.value}"
+        assert await first == 1.0
+        assert alice.stats().sent == bob.stats().delivered == 1
+
+
+@pytest.mark.parametrize("how", ["times out", "is stopped by a stage", "is one of many that are stopped by a stage"])
+def test_a_payload_is_forgotten_with_the_error_of_its_call(how: str) -> None:
+    """At once, and not when the garbage collector comes: frames hold the payload, and errors hold frames."""
+
+    class Parcel(msgspec.Struct, weakref=True):
+        seconds: float
+
+    def fail(_: Message[Parcel]) -> Continue:
+        raise ValueError("too early")
+
+    stages = [] if how == "times out" else [Stage("strict", fail, on="emit")]
+    parcel = request("parcel:send", Parcel, reply=bool, stages=stages)
+
+    class Slow(Service):
+        name = "slow"
+
+        @handles(parcel)
+        async def take(self, msg: Message[Parcel]) -> bool:
+            await asyncio.sleep(msg.payload.seconds)
+            return True
+
+    async def main() -> None:
+        async with Node("alice", Slow()) as alice:
+            payload = Parcel(9.0)
+            alive = weakref.ref(payload)
+            gc.collect()
+            gc.disable()
+            try:
+                with contextlib.suppress(CallTimeout, ValueError):
+                    if "many" in how:
+                        await alice.call_many(parcel, payload, ["alice", "bob"])
+                    else:
+                        await alice.call(parcel, payload, to="alice", timeout=1)
+                del payload
+                await settle()
+                assert alive() is None
+            finally:
+                gc.enable()
+
+    run(main)
 
 
 async def test_only_requests_can_be_called_of_many_and_only_behaviors_emitted() -> None:

@@ -29,7 +29,7 @@ def test_every_drop_is_counted_and_told_and_the_latest_are_kept(drops: list[tupl
     assert events == expected
     assert [*journal.drops] == expected[-5:]
     for wanted in "abc":
-        lines = [f"dropped at {stage}: {why} (from node 'alice')" for _, stage, why, of in drops if of == wanted]
+        lines = [f"dropped at {stage}: {why}, from node 'alice'" for _, stage, why, of in drops if of == wanted]
         assert journal.explain(wanted).splitlines()[1:] == [
             f"  {line}" for line in lines or ["nothing is remembered of it here"]
         ]
@@ -76,7 +76,7 @@ async def test_the_story_of_a_broadcast_is_told_by_who_emitted_it_and_by_each_wh
     async with mesh("alice", "bob") as (_, [alice, bob], _):
         message_id = await alice.emit(TEASE, "boo")
         await asyncio.sleep(0.01)
-        received = ["queued for stash.tease (from node 'alice')", "handled by stash.tease"]
+        received = ["queued for stash.tease, from node 'alice'", "handled by stash.tease"]
         assert story(alice, message_id) == ["sent to every node", *received]
         assert story(bob, message_id) == received
         message_id = await alice.emit(TEASE, "raise", to="bob")
@@ -90,7 +90,7 @@ async def test_the_story_of_a_local_message() -> None:
         message_id = await alice.emit(STORED, [])
         await asyncio.sleep(0.01)
         assert story(alice, message_id) == [
-            "queued for stash.on_stored (from node 'alice')",
+            "queued for stash.on_stored, from node 'alice'",
             "handled by stash.on_stored",
         ]
 
@@ -106,9 +106,9 @@ async def test_the_story_of_a_call_is_told_on_both_nodes() -> None:
         await asyncio.sleep(0.01)
         waiting.cancel()
         await asyncio.sleep(0.01)
-        queued = "queued for stash.sleep (from node 'alice')"
-        assert story(alice, "good") == ["asked of node 'bob'", "node 'bob' replied"]
-        assert story(bob, "good") == ["queued for stash.store (from node 'alice')", "handled by stash.store"]
+        queued = "queued for stash.sleep, from node 'alice'"
+        assert story(alice, "good") == ["asked of node 'bob'", "answered by node 'bob'"]
+        assert story(bob, "good") == ["queued for stash.store, from node 'alice'", "handled by stash.store"]
         assert story(alice, "late")[0] == "asked of node 'bob'"
         assert story(alice, "late")[1].startswith("no reply: 'stash:sleep' on node 'bob'")
         assert story(bob, "late") == [queued, "given up by its caller: stash.sleep was cancelled"]
@@ -136,10 +136,10 @@ async def test_the_story_of_what_was_dropped_says_where_and_why() -> None:
     async with Node("alice", hub=hub) as alice, Node("bob", Some(), hub=hub) as bob:
         message_id = await alice.emit(shout, 1)
         await asyncio.sleep(0.01)
-        assert story(bob, message_id) == ["dropped at calm: shouting (from node 'alice')"]
+        assert story(bob, message_id) == ["dropped at calm: shouting, from node 'alice'"]
         with pytest.raises(Exception, match="filtered"):
             await alice.call(size, 0, to="bob", id="call")
-        assert story(bob, "call") == ["dropped at filter: filtered (from node 'alice')"]
+        assert story(bob, "call") == ["dropped at filter: filtered, from node 'alice'"]
         assert story(alice, "call")[0] == "asked of node 'bob'"
         assert "filtered" in story(alice, "call")[1]
         with pytest.raises(Unreachable):

@@ -36,15 +36,17 @@ def nodes() -> tuple[Node, Node]:
     return alice, bob
 
 
-def test_a_payload_that_does_not_fit_into_a_frame_is_a_value_error_of_its_sender() -> None:
+def test_a_payload_that_does_not_fit_into_a_frame_is_a_value_error_of_its_sender_and_was_not_sent() -> None:
     async def main() -> None:
         alice, bob = nodes()
         async with alice, bob:
             with pytest.raises(ValueError, match="does not fit into a frame"):
-                await alice.call(WRITE, bytes(TOO_LARGE), to=bob.node)
+                await alice.call(WRITE, bytes(TOO_LARGE), to=bob.node, id="large")
+            assert "nothing is remembered of it" in alice.explain("large")
             for to in (None, bob.node):
                 with pytest.raises(ValueError, match="does not fit into a frame"):
                     await alice.emit(SHOUT, bytes(TOO_LARGE), to=to)
+            assert alice.stats().sent == 0
             assert await alice.call(WRITE, bytes(TOO_LARGE), to=alice.node) == TOO_LARGE  # there is no frame
             assert alice.stats().pending == 0
 

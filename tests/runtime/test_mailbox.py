@@ -55,7 +55,7 @@ class Boxed:
 
     async def put(self, item: Any) -> None:
         await self.box.reserve()
-        self.box.put(thing(item), reserved=True)
+        self.box.put_reserved(thing(item))
 
     async def end(self) -> None:
         self.box.close()
@@ -65,7 +65,7 @@ class Boxed:
 async def test_items_begin_in_order_and_run_at_the_same_time_up_to_the_limit() -> None:
     boxed = Boxed(max_concurrent=3)
     for seconds in (9, 4, 3, 5, 1):
-        boxed.box.put(thing(seconds))
+        boxed.box.offer(thing(seconds))
     boxed.box.open()
     await boxed.box.quiet()
     assert boxed.begun == [9, 4, 3, 5, 1]
@@ -79,7 +79,7 @@ async def test_with_one_worker_each_item_ends_before_the_next_begins() -> None:
     boxed = Boxed(max_concurrent=1)
     boxed.box.open()
     for seconds in (3, 2, 1):
-        boxed.box.put(thing(seconds))
+        boxed.box.offer(thing(seconds))
     await boxed.box.quiet()
     assert boxed.ended == [3, 2, 1]
     assert asyncio.get_running_loop().time() == 6
@@ -88,7 +88,7 @@ async def test_with_one_worker_each_item_ends_before_the_next_begins() -> None:
 
 async def test_nothing_begins_before_it_is_opened() -> None:
     boxed = Boxed()
-    boxed.box.put(thing(0))
+    boxed.box.offer(thing(0))
     await asyncio.sleep(1)
     assert boxed.begun == []
     boxed.box.open()
@@ -102,12 +102,12 @@ async def test_an_idle_mailbox_keeps_one_worker_and_an_unused_one_none() -> None
     boxed.box.open()
     assert not len_of(boxed)
     for _ in range(10):
-        boxed.box.put(thing(1))
+        boxed.box.offer(thing(1))
     await asyncio.sleep(0.5)
     assert len_of(boxed) == 10
     await asyncio.sleep(1)
     assert len_of(boxed) == 1
-    boxed.box.put(thing(0))
+    boxed.box.offer(thing(0))
     await boxed.box.quiet()
     assert len_of(boxed) == 1
     await boxed.end()
@@ -120,8 +120,8 @@ def len_of(boxed: Boxed) -> int:
 async def test_workers_have_names() -> None:
     boxed = Boxed()
     boxed.box.open()
-    boxed.box.put(thing(1))
-    boxed.box.put(thing(1))
+    boxed.box.offer(thing(1))
+    boxed.box.offer(thing(1))
     await asyncio.sleep(0.5)
     names = {task.get_name() for task in asyncio.all_tasks()}
     assert {"meshkit:alice:x:worker-1", "meshkit:alice:x:worker-2"} <= names
@@ -133,7 +133,7 @@ async def test_handlers_that_do_not_wait_let_others_run_now_and_then() -> None:
 
     boxed = Boxed(max_mailbox=1000, max_concurrent=1, handler=at_once)
     for number in range(1000):
-        boxed.box.put(thing(number))
+        boxed.box.offer(thing(number))
     boxed.box.open()
     turns = 0
     while boxed.box.busy:
@@ -145,7 +145,7 @@ async def test_handlers_that_do_not_wait_let_others_run_now_and_then() -> None:
 
 async def test_whoever_waits_for_room_gets_it_in_order_and_nobody_overtakes() -> None:
     boxed = Boxed(max_mailbox=1, max_concurrent=1)
-    boxed.box.put(thing(1))
+    boxed.box.offer(thing(1))
     waiting = [asyncio.create_task(boxed.put(item)) for item in (2, 3)]
     await asyncio.sleep(0)
     assert not boxed.box.has_room()
@@ -161,7 +161,7 @@ async def test_whoever_waits_for_room_gets_it_in_order_and_nobody_overtakes() ->
 
 async def test_who_is_given_a_place_has_it_before_anybody_else_can_take_it() -> None:
     boxed = Boxed(max_mailbox=1)
-    boxed.box.put(thing("a"))
+    boxed.box.offer(thing("a"))
     waiting = asyncio.create_task(boxed.put("b"))
     await asyncio.sleep(0)
     assert boxed.box.discard(thing("a"))
@@ -173,7 +173,7 @@ async def test_who_is_given_a_place_has_it_before_anybody_else_can_take_it() -> 
 def test_a_cancelled_waiter_gives_its_place_to_the_next() -> None:
     async def scenario(point: CancellationPoint) -> None:
         boxed = Boxed(max_mailbox=1)
-        boxed.box.put(thing("a"))
+        boxed.box.offer(thing("a"))
         asyncio.get_running_loop().call_later(1, boxed.box.discard, thing("a"))
         first = asyncio.create_task(point.cancel(boxed.put("b")))
         await asyncio.sleep(0)
@@ -195,7 +195,7 @@ async def test_a_worker_does_not_wait_for_room_in_its_own_mailbox() -> None:
                 await boxed.put("third")
 
     boxed = Boxed(max_mailbox=1, max_concurrent=1, handler=put_two_more)
-    boxed.box.put(thing("first"))
+    boxed.box.offer(thing("first"))
     boxed.box.open()
     await boxed.box.quiet()
     assert boxed.ended == ["first", "second"]
@@ -204,8 +204,8 @@ async def test_a_worker_does_not_wait_for_room_in_its_own_mailbox() -> None:
 
 async def test_close_fails_those_who_wait_and_returns_what_nobody_has_begun() -> None:
     boxed = Boxed(max_mailbox=2)
-    boxed.box.put(thing("a"))
-    boxed.box.put(thing("b"))
+    boxed.box.offer(thing("a"))
+    boxed.box.offer(thing("b"))
     waiting = asyncio.create_task(boxed.put("c"))
     await asyncio.sleep(0)
     assert boxed.box.close() == ["a", "b"]
@@ -220,7 +220,7 @@ async def test_close_fails_those_who_wait_and_returns_what_nobody_has_begun() ->
 async def test_a_waiter_may_be_cancelled_and_closed_upon_at_once() -> None:
     for close_first in (True, False):
         boxed = Boxed(max_mailbox=1)
-        boxed.box.put(thing("a"))
+        boxed.box.offer(thing("a"))
         waiting = asyncio.create_task(boxed.put("b"))
         await asyncio.sleep(0)
         if close_first:
@@ -233,7 +233,7 @@ async def test_a_waiter_may_be_cancelled_and_closed_upon_at_once() -> None:
 
 async def test_a_waiter_that_is_cancelled_as_a_place_becomes_free_does_not_get_it() -> None:
     boxed = Boxed(max_mailbox=1)
-    boxed.box.put(thing("a"))
+    boxed.box.offer(thing("a"))
     first, second = (asyncio.create_task(boxed.put(item)) for item in ("b", "c"))
     await asyncio.sleep(0)
     first.cancel()
@@ -246,8 +246,8 @@ async def test_a_waiter_that_is_cancelled_as_a_place_becomes_free_does_not_get_i
 async def test_what_has_begun_cannot_be_discarded() -> None:
     boxed = Boxed(max_concurrent=1)
     boxed.box.open()
-    boxed.box.put(thing(1))
-    boxed.box.put(thing(2))
+    boxed.box.offer(thing(1))
+    boxed.box.offer(thing(2))
     await asyncio.sleep(0.5)
     assert not boxed.box.discard(thing(1))
     assert boxed.box.discard(thing(2))
@@ -259,13 +259,13 @@ async def test_what_has_begun_cannot_be_discarded() -> None:
 
 async def test_a_mailbox_is_quiet_when_the_last_item_is_discarded_or_closed_away() -> None:
     boxed = Boxed()
-    boxed.box.put(thing(1))
+    boxed.box.offer(thing(1))
     quiet = asyncio.create_task(boxed.box.quiet())
     await asyncio.sleep(1)
     assert not quiet.done()
     boxed.box.discard(thing(1))
     await quiet
-    boxed.box.put(thing(2))
+    boxed.box.offer(thing(2))
     quiet = asyncio.create_task(boxed.box.quiet())
     await asyncio.sleep(1)
     boxed.box.close()
@@ -283,7 +283,7 @@ async def test_when_a_worker_is_cancelled_from_inside_the_others_go_on_with_what
     boxed = Boxed(max_concurrent=1, handler=cancel_own_task)
     boxed.box.open()
     for item in ("bad", "good", "bad", "good"):
-        boxed.box.put(thing(item))
+        boxed.box.offer(thing(item))
     await boxed.box.quiet()
     assert boxed.begun == ["bad", "good", "bad", "good"]
     assert boxed.ended == ["good", "good"]
@@ -316,7 +316,7 @@ def test_whatever_happens_each_item_is_handled_once_and_in_order(
 
         async def put_waiting(item: tuple[int, int]) -> None:
             await boxed.box.reserve()
-            boxed.box.put(thing(item), reserved=True)
+            boxed.box.put_reserved(thing(item))
             accepted.append(item)
 
         for number, (verb, argument, at) in enumerate(program):
@@ -324,7 +324,7 @@ def test_whatever_happens_each_item_is_handled_once_and_in_order(
                 boxed.box.open()
             item = (number, argument)
             if verb == "put" and boxed.box.has_room():
-                boxed.box.put(thing(item))
+                boxed.box.offer(thing(item))
                 accepted.append(item)
             elif verb == "wait":
                 putting.append(asyncio.create_task(put_waiting(item)))
@@ -346,6 +346,55 @@ def test_whatever_happens_each_item_is_handled_once_and_in_order(
         assert boxed.begun == kept
         assert sorted(boxed.ended) == sorted(kept)
         assert boxed.box.has_room()
+        await boxed.end()
+
+    run(main)
+
+
+@given(
+    st.integers(1, 4),
+    st.booleans(),
+    st.lists(st.tuples(st.sampled_from(["put", "cancel", "turn", "pause"]), st.integers(0, 3), st.integers(0, 10))),
+)
+def test_whichever_worker_is_cancelled_wherever_it_is_all_items_begin_and_one_worker_is_left(
+    max_concurrent: int, eager: bool, program: list[tuple[str, int, int]]
+) -> None:
+    """Where it has just been woken, is idle, runs a handler, or lets others run in between."""
+
+    async def main() -> None:
+        if eager:
+            asyncio.get_running_loop().set_task_factory(getattr(asyncio, "eager_task_factory", None))
+        boxed = Boxed(max_mailbox=1000, max_concurrent=max_concurrent)
+        boxed.box.FAIRNESS = 2
+        boxed.box.open()
+        accepted: list[int] = []
+
+        def put(seconds: int) -> None:
+            assert boxed.box.offer(thing(seconds))
+            accepted.append(seconds)
+
+        for verb, argument, at in program:
+            workers = [task for task in asyncio.all_tasks() if task in boxed.supervisor]
+            assert len(workers) <= max_concurrent
+            if verb == "put":
+                for _ in range(argument + 1):
+                    put(at % 3)
+            elif verb == "cancel" and workers:
+                sorted(workers, key=asyncio.Task.get_name)[at % len(workers)].cancel()
+            elif verb == "turn":
+                for _ in range(argument):
+                    await asyncio.sleep(0)
+            elif verb == "pause":
+                await asyncio.sleep(argument / 2)
+        await asyncio.sleep(3 * len(accepted))
+        assert boxed.begun == accepted
+        assert boxed.most <= max_concurrent
+        for seconds in (1, 0, 0, 0):
+            put(seconds)
+            await asyncio.sleep(0.5)
+            assert boxed.begun == accepted, "one that is idle is woken"
+        await asyncio.sleep(1)
+        assert len_of(boxed) == 1
         await boxed.end()
 
     run(main)

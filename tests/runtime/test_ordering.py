@@ -99,7 +99,7 @@ def test_the_oldest_goes_first_of_which_no_older_one_has_the_key(
             if verb == "put" and box.has_room(1):
                 item = Item(number, key, argument + odd, [rest + odd / 7 for rest in rests])
                 naive.items.append(item)
-                box.put(item)
+                box.offer(item)
             elif verb == "discard" and naive.items:
                 item = naive.items[argument % len(naive.items)]
                 assert box.discard(item) is (item in outside)

@@ -10,7 +10,16 @@ import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
-from meshkit.errors import MalformedFrame, NotAccepted, Overloaded, RateLimited, RemoteError
+from meshkit.errors import (
+    MalformedFrame,
+    NoHandler,
+    NotAccepted,
+    Overloaded,
+    PeerLost,
+    RateLimited,
+    RemoteError,
+    Unreachable,
+)
 from meshkit.events import Event
 from meshkit.runtime import (
     Behavior,
@@ -28,7 +37,7 @@ from meshkit.runtime import (
     local,
     request,
 )
-from meshkit.runtime.stages import EMIT, RECEIVE, Outcome, Pipeline, Step, Stopped, settle
+from meshkit.runtime.stages import EMIT, RECEIVE, Outcome, Pipeline, Step, Stopped
 from meshkit.runtime.wire import Ask, Tell, encode_payload
 from meshkit.testing import CancellationPoint, run
 from meshkit.transports import MemoryHub
@@ -102,7 +111,8 @@ def test_a_pipeline_does_what_its_stages_say_one_after_the_other(plan: list[tupl
     assert then == [], "nothing is done while it is decided"
     if isinstance(result, Continue):
         assert end == len(plan)
-        settle(result.then)
+        if result.then is not None:
+            result.then()
         assert then == [*range(len(plan))]
     else:
         what, number = plan[end]
@@ -291,7 +301,7 @@ async def test_a_dropped_broadcast_is_counted_kept_and_told_to_the_observer_and_
         assert [*alice.drops] == [dropped]
         assert [event for event in events if isinstance(event, MessageDropped)] == [dropped]
         assert alice.explain(message_id) == (
-            f"message {message_id}\n  sent to every node\n  dropped at calm: shouting (from node 'alice')"
+            f"message {message_id}\n  sent to every node\n  dropped at calm: shouting, from node 'alice'"
         )
 
 
@@ -462,6 +472,34 @@ async def test_a_stage_on_the_way_out_acts_when_the_message_has_left() -> None:
         assert charged == [1, 2]
 
 
+async def test_a_stage_on_the_way_out_acts_once_for_a_request_and_not_if_it_never_left() -> None:
+    charged: list[object] = []
+    count = Stage("count", lambda msg: Continue(msg, lambda: charged.append(msg.payload)), on="emit")
+    refused = Stage("never", lambda _: Fail(Overloaded(name="all", limit=1)))
+    ask = request("x:ask", int, reply=int, stages=[count])
+    refuse = request("x:no", int, reply=int, stages=[count, refused])
+    hub = MemoryHub()
+    async with Node("alice", hub=hub) as alice, Node("bob", taker(ask), taker(refuse, "no"), hub=hub):
+        async with Node("carol", taker(refuse), hub=hub):
+            await settled()
+            with pytest.raises(Overloaded):
+                await alice.call(refuse, 1)
+            assert alice.stats().sent == 2, "each of the others was asked"
+            assert charged == [1]
+        hub.silence("bob")
+        waiting = asyncio.create_task(alice.call(ask, 2, to="bob", id="5f"))
+        await asyncio.sleep(1)
+        with pytest.raises(ValueError, match="is pending already"):
+            await alice.call(ask, 3, to="bob", id="5f")
+        with pytest.raises(PeerLost):
+            await waiting
+        with pytest.raises(Unreachable, match="fallen silent"):
+            await alice.call(ask, 4, to="bob")
+        with pytest.raises(NoHandler):
+            await alice.call(ask, 5)
+        assert charged == [1, 2]
+
+
 async def test_a_content_key_that_cannot_be_one_is_an_error_of_who_emits_it() -> None:
     tell = broadcast("x:tell", list[int], content_key=cast("Any", lambda payload: payload))
     async with Node("alice", taker(tell)) as alice:
@@ -570,11 +608,15 @@ async def test_what_a_stage_has_changed_after_dedupe_is_remembered_by_what_it_wa
         assert service.seen == ["boo!", "boo!!"]
 
 
-async def test_a_stage_that_fails_to_act_is_reported_and_the_message_is_handled() -> None:
+@pytest.mark.parametrize("error", [ZeroDivisionError, asyncio.CancelledError])
+async def test_a_stage_that_fails_to_act_is_reported_and_the_message_is_handled(error: type[BaseException]) -> None:
+    def fail() -> None:
+        raise error
+
     reported: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
     acted: list[int] = []
-    bad = Stage("bad", lambda msg: Continue(msg, lambda: 1 / 0))
+    bad = Stage("bad", lambda msg: Continue(msg, fail))
     good = Stage("good", lambda msg: Continue(msg, lambda: acted.append(msg.payload)))
     tell = broadcast("x:tell", int, stages=[bad, good])
     service = taker(tell)

@@ -216,7 +216,7 @@ class Mesh:
 
     def _on_message(self, subject: bytes, data: bytes) -> None:
         """Take what was published on a subject of this node, or on one for all."""
-        if self._closed:
+        if self._closed or self.link is None:  # it is what a connection had that is not used yet, or not any more
             return
         parts = subject[len(self._prefix) :].split(b".")
         sender = parts[1].decode("ascii", "replace")
