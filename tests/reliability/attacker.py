@@ -1,10 +1,12 @@
 """A process that attacks a node: `python -m tests.reliability.attacker ADDRESS LORISES REPEATS`.
 
-It prints one JSON object: for each kind of attack, the seconds after which each of its connections was closed.
+It prints "attacks" when all slow ones are connected, and in the end one JSON object: for each kind of attack, the
+seconds after which each of its connections was closed (infinity: it never was).
 """
 
 import asyncio
 import json
+import math
 import os
 import struct
 import sys
@@ -16,7 +18,7 @@ from meshkit.transports._tcp.handshake import Handshake
 from meshkit.transports._tcp.wire import MAX_CONTROL, Kind, Unrecorder
 from tests.reliability.nodes import identity
 
-PATIENCE = 30.0  # seconds after which a connection that is not closed counts as so long
+PATIENCE = 30.0  # seconds after which a connection counts as never closed
 
 
 async def once(data: bytes) -> AsyncIterator[bytes]:
@@ -53,10 +55,13 @@ async def attack(host: str, port: int, said: AsyncIterator[bytes], connected: as
                 await writer.drain()
 
     saying = asyncio.create_task(say())
-    with suppress(OSError, TimeoutError):
+    try:
         async with asyncio.timeout(PATIENCE):
-            await reader.read()
-    took = time.monotonic() - started
+            with suppress(OSError):
+                await reader.read()
+        took = time.monotonic() - started
+    except TimeoutError:
+        took = math.inf
     saying.cancel()
     writer.transport.abort()
     return took
@@ -94,6 +99,7 @@ async def main(host: str, port: int, lorises: int, repeats: int) -> dict[str, li
     slow = [asyncio.create_task(attack(host, port, trickle(), connected)) for _ in range(lorises)]
     async with asyncio.timeout(PATIENCE):
         await connected.wait()
+    print("attacks", flush=True)
     closed: dict[str, list[float]] = {name: [] for name in quick}
     for _ in range(repeats):
         for name, said in quick.items():
