@@ -1,7 +1,7 @@
 """A process that attacks a node: `python -m tests.reliability.attacker ADDRESS LORISES REPEATS`.
 
 It prints "attacks" when all slow ones are connected, and in the end one JSON object: for each kind of attack, the
-seconds after which each of its connections was closed (infinity: it never was).
+seconds after which each of its connections was closed (infinity: it was not, or not for the right reason).
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 from meshkit.transports._tcp.handshake import Handshake
-from meshkit.transports._tcp.wire import MAX_CONTROL, Kind, Unrecorder
+from meshkit.transports._tcp.wire import MAX_CONTROL, Kind, Refusal, Unrecorder, record
 from tests.reliability.nodes import identity
 
 PATIENCE = 30.0  # seconds after which a connection counts as never closed
@@ -41,8 +41,10 @@ async def headers() -> AsyncIterator[bytes]:
         await asyncio.sleep(0.01)
 
 
-async def attack(host: str, port: int, said: AsyncIterator[bytes], connected: asyncio.Barrier | None = None) -> float:
-    """Connect and say this; return the seconds until the connection was closed."""
+async def attack(
+    host: str, port: int, said: AsyncIterator[bytes], connected: asyncio.Barrier | None = None, *, end: bytes = b""
+) -> float:
+    """Connect and say this; return the seconds until the connection was closed, with `end` as the last words."""
     reader, writer = await asyncio.open_connection(host, port)
     started = time.monotonic()
     if connected is not None:
@@ -55,16 +57,17 @@ async def attack(host: str, port: int, said: AsyncIterator[bytes], connected: as
                 await writer.drain()
 
     saying = asyncio.create_task(say())
+    answer = b""
     try:
         async with asyncio.timeout(PATIENCE):
             with suppress(OSError):
-                await reader.read()
+                answer += await reader.read()
         took = time.monotonic() - started
     except TimeoutError:
         took = math.inf
     saying.cancel()
     writer.transport.abort()
-    return took
+    return took if answer.endswith(end) else math.inf
 
 
 async def record_handshake(host: str, port: int) -> bytes:
@@ -77,7 +80,7 @@ async def record_handshake(host: str, port: int) -> bytes:
     unrecorder, sent = Unrecorder(MAX_CONTROL), ours.begin()
     writer.write(sent)
     while not ours.proved:
-        unrecorder.feed(await reader.read(65536))
+        unrecorder.feed(await reader.readexactly(1))
         while (one := unrecorder.next()) is not None:
             answer = ours.receive(*one)
             writer.write(answer)
@@ -95,6 +98,7 @@ async def main(host: str, port: int, lorises: int, repeats: int) -> dict[str, li
         "100 kB of garbage": lambda: once(os.urandom(100_000)),
         "a replayed handshake": lambda: once(replay),
     }
+    bad_proof = record(Kind.REFUSED, bytes([Refusal.BAD_PROOF]))  # not just silence, until the time for it is up
     connected = asyncio.Barrier(lorises + 1)  # or this process would be too busy to notice what it is to measure
     slow = [asyncio.create_task(attack(host, port, trickle(), connected)) for _ in range(lorises)]
     async with asyncio.timeout(PATIENCE):
@@ -103,7 +107,9 @@ async def main(host: str, port: int, lorises: int, repeats: int) -> dict[str, li
     closed: dict[str, list[float]] = {name: [] for name in quick}
     for _ in range(repeats):
         for name, said in quick.items():
-            closed[name].append(await attack(host, port, said()))
+            closed[name].append(
+                await attack(host, port, said(), end=bad_proof if name == "a replayed handshake" else b"")
+            )
         await asyncio.sleep(0.05)
     return {"slow-loris": await asyncio.gather(*slow), **closed}
 
