@@ -34,7 +34,7 @@ TRUST = frozenset(identity(name).node_id for name in NAMES)
 
 
 class Work(Service):
-    """Does tasks, which are numbers; counts how often it has begun each (those aside that were cancelled), and done it."""
+    """Does tasks, which are numbers; counts how often each was begun (those aside that were cancelled), and done."""
 
     name = "work"
 
