@@ -212,7 +212,13 @@ async def test_the_other_servers_of_a_cluster_are_found_with_the_same_credential
             mesh = alice.transport._mesh
             assert mesh is not None
             ports = {server.port for server in servers}
-            await until(lambda: mesh.link and {s.port for s in mesh.link.cluster()} == ports)
+            await until(lambda: mesh.link and {s.port for s in mesh.link.cluster} == ports - {servers[0].port})
+            assert mesh.link is not None
+            before = mesh.link.cluster
+            await mesh.link._process_info({"connect_urls": [f"127.0.0.1:{servers[0].port}"]})
+            assert mesh.link.cluster == before, "a server that knows only itself is cut off from the others"
+            await mesh.link._process_info({"connect_urls": ["127.0.0.1:1", "one:99999", 5]})
+            assert [str(server) for server in mesh.link.cluster] == ["127.0.0.1:1"]
             server = Server.parse("tls://user:pass@one.example").other("10.0.0.2", 4333)
             assert (server.host, server.port, server.tls, server.user, server.password, server.certified) == (
                 ("10.0.0.2", 4333, True, "user", "pass", "one.example")

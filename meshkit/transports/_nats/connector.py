@@ -53,7 +53,7 @@ class Connector:
 
     def lost(self, link: Link) -> None:
         """Take note that a connection is lost; what it told of the cluster is remembered."""
-        self._servers.discovered(link.cluster())
+        self._servers.discovered(link.cluster)
         self._servers.lost(link.server)
         now = _time.now()
         self.trouble = f"the connection to the NATS server {link.server} is lost ({link.ended.result()})"

@@ -6,8 +6,8 @@ breaks (it keeps what was not sent and sends it later, when its callers have giv
 nothing) and how it finds that out (pings that wait behind what is unsent).
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# nats-py is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# nats-py is typed in part only, and JSON is not.
 
 import asyncio
 import logging
@@ -93,8 +93,9 @@ class Link(Client):
         super().__init__()
         self.server = server
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.cluster: list[Server] = []
+        """The other servers of which it has told. One that knows no other any more is cut off from them."""
         self.denied = ""  # the first thing that the server does not permit
-        self._cluster: list[object] = []
         self._checked = False
         self._receive = receive
         self._unanswered = unanswered
@@ -138,15 +139,6 @@ class Link(Client):
             self._answers.append(answer)
             self._socket.write(PING_PROTO)
 
-    def cluster(self) -> list[Server]:
-        """Return the servers of the cluster, as far as this one has told of them."""
-        servers: list[Server] = []
-        for url in self._cluster:
-            with suppress(ValueError):  # it can tell anything
-                told = Server.parse(url)
-                servers.append(self.server.other(told.host, told.port))
-        return servers
-
     def check(self, max_frame: int) -> None:
         """Raise what speaks against using this connection."""
         self._checked = True
@@ -186,10 +178,17 @@ class Link(Client):
         await self._connect_to_server(self._current_server)
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        if isinstance(told := info.get("connect_urls"), list):
-            self._cluster = told
+        self.cluster = self._others(info.get("connect_urls")) or self.cluster
         if self.server.tls and info.get("tls_available"):
             info["tls_required"] = True  # by this end: the client would talk in plain text where the server lets it
+
+    def _others(self, urls: object) -> list[Server]:
+        others: list[Server] = []
+        for url in urls if isinstance(urls, list) else ():
+            with suppress(ValueError):  # it can tell anything
+                told = Server.parse(url)
+                others.append(self.server.other(told.host, told.port))
+        return [other for other in others if str(other) != str(self.server)]
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         if headers is None:

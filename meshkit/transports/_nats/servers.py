@@ -68,7 +68,7 @@ class Servers:
         self._lost: Server | None = None
 
     def discovered(self, servers: Iterable[Server]) -> None:
-        """Take note of the servers of the cluster. They replace those that another server told of before."""
+        """Take note of the other servers of the cluster. They replace those that another server told of before."""
         known = {(server.host, server.port) for server in self._given}
         fresh = {(server.host, server.port): server for server in servers}
         others = [server for at, server in fresh.items() if at not in known][:_MAX_DISCOVERED]
