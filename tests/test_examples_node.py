@@ -89,11 +89,11 @@ def test_a_story_that_is_interrupted_leaves_no_process_behind() -> None:
 
 
 @contextmanager
-def node(*options: str, stdin: int = subprocess.PIPE) -> Iterator["subprocess.Popen[str]"]:
+def node(*options: str, stdin: int = subprocess.PIPE, **environment: str) -> Iterator["subprocess.Popen[str]"]:
     """Run a node, and end it."""
     command = [sys.executable, "-m", "examples.node", *options]
     pipe = subprocess.PIPE
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     with subprocess.Popen(command, stdin=stdin, stdout=pipe, stderr=pipe, text=True, env=environment) as process:
         try:
             yield process
@@ -117,12 +117,18 @@ def test_a_node_that_is_told_to_end_leaves_the_mesh_first(number: signal.Signals
 
 
 def test_a_node_does_what_is_piped_into_it_says_what_it_cannot_and_ends_with_its_input(tmp_path: Path) -> None:
-    commands = "peers\n\nnonsense\ntease bob\nstash nowhere\nstash 'half\nrecover .\nrecover a\nstash /dev/zero"
+    huge = tmp_path / "huge"
+    huge.touch()
+    os.truncate(huge, 200 * 2**30)  # of which no block is there
+    commands = (
+        "peers\n\nnonsense\ntease bob\nstash nowhere\nstash 'half\nrecover .\nrecover no/a\nrecover a\n"
+        f"stash /dev/zero\nstash .\nstash {huge}"
+    )
     with node("--name", "alice", "--key", str(tmp_path), "--listen", "127.0.0.1:0") as process:
         out, error = process.communicate(commands, timeout=20)
     assert out.splitlines()[2:] == [
         "0 are here, and alice",
-        *"""\
+        *f"""\
 peers          who is here
 stash FILE     seal it, and leave it with three others
 recover FILE   get back what was stashed, from all who have it, and write it to FILE
@@ -132,12 +138,58 @@ tease bob: there is no bob here, only this node
 stash nowhere: there is no such file
 stash 'half: No closing quotation
 recover .: there is such a file already: give another name
+recover no/a: there is no directory no: make it first
 nothing recovered: nobody here gave it
-stash /dev/zero: there is no such file
+stash /dev/zero: it is not a file
+stash .: it is not a file
+stash {huge}: the file is too large: a stash takes 65,536,000 bytes
 alice leaves the mesh""".splitlines(),
     ]
     assert (error, process.returncode) == ("", 0)
     assert Identity.load_or_create(tmp_path / "alice.key").node_id in out
+
+
+def test_what_the_terminal_cannot_show_is_written_in_another_way(tmp_path: Path) -> None:
+    options = ["--name", "zoë", "--key", str(tmp_path), "--listen", "127.0.0.1:0"]
+    with node(*options, PYTHONIOENCODING="ascii") as process:
+        out, error = process.communicate("tease zoë", timeout=20)
+    assert out.splitlines()[-1] == "zo\\xeb leaves the mesh"
+    assert (error, process.returncode) == ("", 0)
+
+
+def test_a_node_goes_on_when_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    key = str(tmp_path)
+    with node("--name", "alice", "--key", key, "--listen", "127.0.0.1:0") as alice:
+        address = wait_for(alice, "listens on").split()[-1]
+        with node("--name", "bob", "--key", key, "--join", address) as bob:
+            wait_for(bob, "alice is here")
+            assert bob.stdin is not None
+            assert bob.stdout is not None
+            assert bob.stderr is not None
+            bob.stdout.close()
+            bob.stdin.write("peers\nnonsense\ntease alice\n")
+            bob.stdin.flush()
+            wait_for(alice, "bob teased alice")
+            bob.stdin.close()
+            assert (bob.wait(20), bob.stderr.read()) == (0, "")
+
+
+def test_all_that_have_a_name_are_teased(tmp_path: Path) -> None:
+    one, other = (str(tmp_path / name) for name in ("one", "other"))
+    with node("--name", "alice", "--key", one, "--listen", "127.0.0.1:0") as alice:
+        address = wait_for(alice, "listens on").split()[-1]
+        with (
+            node("--name", "alice", "--key", other, "--listen", "127.0.0.1:0", "--join", address) as again,
+            node("--name", "bob", "--key", str(tmp_path), "--join", address) as bob,
+        ):
+            wait_for(bob, "alice is here")
+            wait_for(bob, "alice is here")
+            assert bob.stdin is not None
+            bob.stdin.write("tease alice\n")
+            bob.stdin.flush()
+            wait_for(bob, "alice is teased")
+            wait_for(alice, "bob teased alice")
+            wait_for(again, "bob teased alice")
 
 
 def test_a_stranger_and_the_one_it_comes_to_are_both_told_why_it_is_not_let_in(tmp_path: Path) -> None:
@@ -181,6 +233,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, *options: str) -> SystemExit:
         (["--listen", ":7001"], "this reaches beyond this machine: say with --trust whom it trusts"),
         (["--join", "127.0.0.1:x"], "an address in join must be"),
         (["--listen", ":0", "--trust", "bob"], "argument --trust: 'bob' is not a node id"),
+        (["--name", "../alice"], "a name is up to 64 letters, digits, _, . and -, not '../alice'"),
     ],
 )
 def test_what_was_typed_wrongly_is_said_in_a_line(
@@ -205,7 +258,9 @@ def test_a_busy_port_no_server_and_a_key_that_cannot_be_used_are_said_in_a_line(
     error = fails(monkeypatch, "--key", str(tmp_path), "--nats", f"nats://{address}", *trust)
     assert f"NATS server {address}: nobody listens there" in str(error.code)
     error = fails(monkeypatch, "--key", str(tmp_path / "no" / "key"), "--id")
-    assert "make this directory for the key file first" in str(error.code)
+    assert str(error.code).startswith("alice: make this directory for the key file first")
+    error = fails(monkeypatch, "--key", "x" * 1000, "--id")
+    assert str(error.code).startswith("alice: File name too long")
 
 
 def test_the_id_is_the_same_each_time(

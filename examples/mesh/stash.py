@@ -58,7 +58,8 @@ RECALL = request("stash:recall", Recall, reply=Part)
 PATIENCE = 2.0
 """Seconds for one part: longer than the window of a confidant's limiter, in which its owner may have to wait."""
 MOST_PARTS = 1_000
-"""Of one file, which is the only one that an owner may leave here: about 64 MiB."""
+"""Of one file, which is the only one that an owner may leave here."""
+MOST_BYTES = MOST_PARTS * 64 * 1024
 
 
 def is_passing(error: Exception) -> bool:

@@ -17,7 +17,9 @@ Or all of them over a NATS server:
 
 import argparse
 import asyncio
+import io
 import logging
+import re
 import signal
 import sys
 from pathlib import Path
@@ -27,10 +29,24 @@ import anyio
 from examples.mesh.presence import Presence
 from examples.mesh.social import Social
 from examples.mesh.stash import Stash
-from examples.node.console import Console
+from examples.node.console import Console, plain, say
 from meshkit import Identity, Logger, MeshkitError, Runtime, TcpTransport
 from meshkit.runtime.identity import public_key_of
 from meshkit.transports import NatsTransport
+
+
+class Lines(logging.Handler):
+    """What the transport logs, among the other lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
+def node_name(text: str) -> str:
+    """Return `text`, if it can be the name of a node, and of its key file."""
+    if not re.fullmatch(r"\w[\w.-]{0,63}", text):
+        raise argparse.ArgumentTypeError(f"a name is up to 64 letters, digits, _, . and -, not {text!r}")
+    return text
 
 
 def node_id(text: str) -> str:
@@ -46,8 +62,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.node", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--name", required=True, help="what it is called")
-    parser.add_argument("--key", type=Path, help="the file of its key, made if there is none (default: NAME.key)")
+    parser.add_argument("--name", required=True, type=node_name, help="what it is called")
+    parser.add_argument(
+        "--key", type=Path, default=Path(), help="the file of its key, or where NAME.key is; made if there is none"
+    )
     parser.add_argument("--id", action="store_true", help="only print the id of the node, for others to trust")
     parser.add_argument("--listen", metavar="HOST:PORT", help="where others reach it; port 0: any that is free")
     parser.add_argument("--join", metavar="HOST:PORT", nargs="+", default=[], help="where others are: one is enough")
@@ -56,9 +74,6 @@ def arguments() -> argparse.Namespace:
         "--trust", metavar="ID", nargs="+", type=node_id, help="who may join (default, on one machine only: anyone)"
     )
     parsed = parser.parse_args()
-    parsed.key = parsed.key or Path(f"{parsed.name}.key")
-    if parsed.key.is_dir():
-        parsed.key /= f"{parsed.name}.key"
     if parsed.id:
         return parsed
     if bool(parsed.nats) == bool(parsed.listen or parsed.join):
@@ -92,12 +107,12 @@ async def main(given: argparse.Namespace, identity: Identity, stash: Stash) -> N
             task.cancel()
         stopping.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop)
     async with runtime:
-        print(f"{given.name} is {identity.node_id}", flush=True)
+        for number in (signal.SIGINT, signal.SIGTERM):  # until here it has nobody to say goodbye to, and just ends
+            asyncio.get_running_loop().add_signal_handler(number, stop)
+        say(f"{given.name} is {identity.node_id}")
         if given.listen:
-            print(f"{given.name} listens on {given.transport.address}", flush=True)
+            say(f"{given.name} listens on {given.transport.address}")
 
         async def obey() -> None:
             await console.run()
@@ -107,20 +122,23 @@ async def main(given: argparse.Namespace, identity: Identity, stash: Stash) -> N
             tasks.start_soon(obey)
             await stopping.wait()
             tasks.cancel_scope.cancel()
-        print(f"{given.name} leaves the mesh", flush=True)
+        say(f"{given.name} leaves the mesh")
 
 
 def run(stash: type[Stash] = Stash) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what this terminal cannot show
     given = arguments()
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", handlers=[Lines()])
     try:
-        identity = Identity.load_or_create(given.key)
+        identity = Identity.load_or_create(given.key / f"{given.name}.key" if given.key.is_dir() else given.key)
         if given.id:
             print(identity.node_id)
         else:
             asyncio.run(main(given, identity, stash(identity)))
     except (MeshkitError, OSError, ValueError) as error:
-        sys.exit(f"{given.name}: {error}")
+        sys.exit(f"{given.name}: {plain(error)}")
     except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(130)
 

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import re
 import shlex
 import stat
 import sys
@@ -14,7 +15,7 @@ import anyio
 
 from examples.mesh.names import name_of
 from examples.mesh.social import Social
-from examples.mesh.stash import Stash
+from examples.mesh.stash import MOST_BYTES, Stash
 from meshkit import Event, MeshkitError, PeerGone, PeerUp, Runtime
 
 HELP = """\
@@ -23,6 +24,19 @@ stash FILE     seal it, and leave it with three others
 recover FILE   get back what was stashed, from all who have it, and write it to FILE
 tease NAME     for all to hear
 quit           leave the mesh"""
+
+
+def say(text: str) -> None:
+    """Print a line; when nobody reads any more, go on all the same."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def plain(error: Exception) -> str:
+    """Return what an error says, without the number that the system gives it."""
+    return re.sub(r"^\[Errno -?\d+\] ", "", str(error))
 
 
 class Console:
@@ -46,12 +60,12 @@ class Console:
         """Say who comes and goes: the observer of the runtime."""
         match event:
             case PeerUp(peer) if peer.draining:
-                print(f"{peer.name} is about to leave", flush=True)
+                say(f"{peer.name} is about to leave")
             case PeerUp(peer):
                 self.names[peer.node] = peer.name
-                print(f"{peer.name} is here", flush=True)
+                say(f"{peer.name} is here")
             case PeerGone(node, reason):
-                print(f"{self.names.get(node, node)} is gone: {reason}", flush=True)
+                say(f"{self.names.get(node, node)} is gone: {reason}")
             case _:
                 pass
 
@@ -69,7 +83,7 @@ class Console:
                 if words:
                     await self.obey(*words)
             except (MeshkitError, OSError, ValueError) as error:
-                print(f"{line.strip()}: {error}", flush=True)
+                say(f"{line.strip()}: {plain(error)}")
         if not ends_with_its_input():
             await anyio.sleep_forever()
 
@@ -77,7 +91,7 @@ class Console:
         """Carry out one command."""
         command = self.commands.get((verb, len(words)))
         if command is None:
-            print(HELP, flush=True)
+            say(HELP)
         else:
             await command(*words)
 
@@ -86,44 +100,53 @@ class Console:
     async def show_peers(self) -> None:
         """Print who is here."""
         for node, peer in self.rt.peers.items():
-            print(f"{peer.name:<12} {node}", flush=True)
-        print(f"{len(self.rt.peers)} are here, and {self.rt.name}", flush=True)
+            say(f"{peer.name:<12} {node}")
+        say(f"{len(self.rt.peers)} are here, and {self.rt.name}")
 
     async def put(self, path: str) -> None:
         """Stash a file."""
-        if not await anyio.Path(path).is_file():
-            raise ValueError("there is no such file")
-        data = await anyio.Path(path).read_bytes()
+        file = anyio.Path(path)
+        if not await file.is_file():
+            raise ValueError("it is not a file" if await file.exists() else "there is no such file")
+        if (await file.stat()).st_size > MOST_BYTES:
+            raise ValueError(f"the file is too large: a stash takes {MOST_BYTES:,} bytes")
+        data = await file.read_bytes()
         await self.stash.put([data])
         keep = ", ".join(sorted(name_of(self.rt, peer) for peer in self.stash.confidants)) or "nobody yet"
-        print(f"{path} ({len(data):,} bytes, {digest(data)}) is with: {keep}", flush=True)
+        say(f"{path} ({len(data):,} bytes, {digest(data)}) is with: {keep}")
 
     async def recover(self, path: str) -> None:
         """Get the file back from each one that has it; write it once."""
-        if await anyio.Path(path).exists():
+        file = anyio.Path(path)
+        if await file.exists():
             raise ValueError("there is such a file already: give another name")
+        if not await file.parent.is_dir():
+            raise ValueError(f"there is no directory {file.parent}: make it first")
         written: bytes | None = None
         for peer in await self.stash.who_has_it():
             name = name_of(self.rt, peer)
             try:
                 data = await self.stash.recover(peer)
             except MeshkitError as error:
-                print(f"{name} did not give it back: {type(error).__name__}: {error}", flush=True)
+                say(f"{name} did not give it back: {type(error).__name__}: {error}")
                 continue
-            print(f"{name} gave back {len(data):,} bytes, {digest(data)}", flush=True)
+            say(f"{name} gave back {len(data):,} bytes, {digest(data)}")
             if written is None:
-                await anyio.Path(path).write_bytes(data)
+                await file.write_bytes(data)
                 written = data
             elif data != written:
-                print(f"{name} gave back another file than the first one did: see which you want", flush=True)
-        print(f"recovered to {path}" if written is not None else "nothing recovered: nobody here gave it", flush=True)
+                say(f"{name} gave back another file than the first one did: see which you want")
+        say(f"recovered to {path}" if written is not None else "nothing recovered: nobody here gave it")
 
     async def tease(self, name: str) -> None:
-        """Tease a node."""
-        known = {peer.name: node for node, peer in self.rt.peers.items()}
-        if name not in known:
-            raise ValueError(f"there is no {name} here, only {', '.join(sorted(known)) or 'this node'}")
-        await self.social.tease(known[name])
+        """Tease a node, or all that have this name."""
+        known = {node: peer.name for node, peer in self.rt.peers.items()}
+        if name not in known.values():
+            raise ValueError(f"there is no {name} here, only {', '.join(sorted({*known.values()})) or 'this node'}")
+        for node in known:
+            if known[node] == name:
+                await self.social.tease(node)
+        say(f"{name} is teased")
 
 
 def digest(data: bytes) -> str:

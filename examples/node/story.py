@@ -17,6 +17,7 @@ from pathlib import Path
 
 import anyio
 
+from examples.node.console import say
 from meshkit import Identity
 
 NAMES = ["alice", "bob", "carol", "dave", "erin"]
@@ -26,14 +27,6 @@ COLOURED = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 class Failed(Exception):
     """The story did not come to its end."""
-
-
-def say(text: str) -> None:
-    """Print a line; when nobody reads any more, go on all the same."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def heading(text: str) -> None:

@@ -125,11 +125,10 @@ class Life:
     async def _hurry(self) -> None:
         """Wait until it has ended, however often this is cancelled; each time cuts one step of its end short."""
         with anyio.CancelScope(shield=True):
-            while True:
+            while not self._task.done():  # to wait for what is done takes a step, in which this may be cancelled again
                 self._task.cancel()
                 try:
                     await asyncio.wait([self._task])
-                    return
                 except asyncio.CancelledError:
                     continue
 

@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     )
     from meshkit.testing.chaos_proxy import ChaosProxy as ChaosProxy
     from meshkit.testing.conformance import TransportConformance as TransportConformance
+    from meshkit.testing.sim_cluster import (
+        Crashed as Crashed,
+        SimCluster as SimCluster,
+        SimNode as SimNode,
+        SimStore as SimStore,
+    )
     from meshkit.testing.sim_loop import Machine as Machine, SimLoop as SimLoop
     from meshkit.testing.sim_network import (
         Link as Link,
@@ -41,6 +47,7 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
             "cancellation": ["CancellationPoint", "cancellation_points"],
             "chaos_proxy": ["ChaosProxy"],
             "conformance": ["TransportConformance"],
+            "sim_cluster": ["Crashed", "SimCluster", "SimNode", "SimStore"],
             "sim_loop": ["Machine", "SimLoop"],
             "sim_network": ["Link", "Nodes", "Rule", "SimNetwork", "SimTransport", "Verdict"],
             "simulation": ["simulate", "simulated"],

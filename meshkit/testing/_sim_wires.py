@@ -17,6 +17,10 @@ LATE = 10
 """How many times as long again a frame takes, at most, that is to arrive late."""
 
 
+SILENCE = 15.0
+"""Seconds after which a connection with a node that has crashed is given up."""
+
+
 class Verdict(enum.Enum):
     """What becomes of a frame."""
 
@@ -148,6 +152,11 @@ class Wires:
             arrival = self.loop.now + delay * (1 + LATE * self.rng.random())
         else:
             arrival = pipe.last = max(pipe.last, self.loop.now + delay)
+        self._at(arrival, packet)
+
+    def _at(self, arrival: float, packet: Packet) -> None:
+        """Let a packet arrive at that time."""
+        pipe = self._pipe(packet.sender, packet.to)
         pipe.size += packet.size
         number = next(self._numbers)
         self._under_way[number] = self._outside.run(
@@ -193,8 +202,10 @@ class Wires:
             self._remove(place)
 
     def crash(self, place: Place) -> None:
-        """Let a node be gone, without a word."""
+        """Let a node be gone, without a word; its peers notice when their connections with it have timed out."""
         place.crashed = True
+        for peer in place.peers.values():
+            self._at(self.loop.now + SILENCE, Packet(place, peer, None))
         self._remove(place)
 
     def _remove(self, place: Place) -> None:

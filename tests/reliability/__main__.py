@@ -9,7 +9,9 @@ import importlib
 import logging
 import pathlib
 import platform
+import signal
 import sys
+import traceback
 
 from tests.reliability.report import Report
 
@@ -21,10 +23,21 @@ def names() -> list[str]:
 
 
 def play(name: str, *, quick: bool) -> Report:
-    """Run one scenario; return what it has shown."""
+    """Run one scenario; return what it has shown. One that does not come to its end has broken a promise."""
     module = importlib.import_module(f"tests.reliability.scenario_{name.replace('-', '_')}")
     report = Report(quick=quick)
-    asyncio.run(module.scenario(report))
+
+    async def scenario() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # so that it ends its processes
+        await module.scenario(report)
+
+    try:
+        asyncio.run(scenario())
+    except Exception as error:  # noqa: BLE001 - it is told
+        traceback.print_exc()
+        report.promise(f"it comes to its end: {type(error).__name__}", False)
     return report
 
 
@@ -46,5 +59,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(130)

@@ -1,10 +1,12 @@
 """A process that attacks a node: `python -m tests.reliability.attacker ADDRESS LORISES REPEATS`.
 
-It prints one JSON object: for each kind of attack, the seconds after which each of its connections was closed.
+It prints "attacks" when all slow ones are connected, and in the end one JSON object: for each kind of attack, the
+seconds after which each of its connections was closed (infinity: it was not, or not for the right reason).
 """
 
 import asyncio
 import json
+import math
 import os
 import struct
 import sys
@@ -13,10 +15,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 
 from meshkit.transports._tcp.handshake import Handshake
-from meshkit.transports._tcp.wire import MAX_CONTROL, Kind, Unrecorder
+from meshkit.transports._tcp.wire import MAX_CONTROL, Kind, Refusal, Unrecorder, record
 from tests.reliability.nodes import identity
 
-PATIENCE = 30.0  # seconds after which a connection that is not closed counts as so long
+PATIENCE = 30.0  # seconds after which a connection counts as never closed
 
 
 async def once(data: bytes) -> AsyncIterator[bytes]:
@@ -39,8 +41,10 @@ async def headers() -> AsyncIterator[bytes]:
         await asyncio.sleep(0.01)
 
 
-async def attack(host: str, port: int, said: AsyncIterator[bytes], connected: asyncio.Barrier | None = None) -> float:
-    """Connect and say this; return the seconds until the connection was closed."""
+async def attack(
+    host: str, port: int, said: AsyncIterator[bytes], connected: asyncio.Barrier | None = None, *, end: bytes = b""
+) -> float:
+    """Connect and say this; return the seconds until the connection was closed, with `end` as the last words."""
     reader, writer = await asyncio.open_connection(host, port)
     started = time.monotonic()
     if connected is not None:
@@ -53,13 +57,17 @@ async def attack(host: str, port: int, said: AsyncIterator[bytes], connected: as
                 await writer.drain()
 
     saying = asyncio.create_task(say())
-    with suppress(OSError, TimeoutError):
+    answer = b""
+    try:
         async with asyncio.timeout(PATIENCE):
-            await reader.read()
-    took = time.monotonic() - started
+            with suppress(OSError):
+                answer += await reader.read()
+        took = time.monotonic() - started
+    except TimeoutError:
+        took = math.inf
     saying.cancel()
     writer.transport.abort()
-    return took
+    return took if answer.endswith(end) else math.inf
 
 
 async def record_handshake(host: str, port: int) -> bytes:
@@ -72,7 +80,7 @@ async def record_handshake(host: str, port: int) -> bytes:
     unrecorder, sent = Unrecorder(MAX_CONTROL), ours.begin()
     writer.write(sent)
     while not ours.proved:
-        unrecorder.feed(await reader.read(65536))
+        unrecorder.feed(await reader.readexactly(1))
         while (one := unrecorder.next()) is not None:
             answer = ours.receive(*one)
             writer.write(answer)
@@ -90,14 +98,18 @@ async def main(host: str, port: int, lorises: int, repeats: int) -> dict[str, li
         "100 kB of garbage": lambda: once(os.urandom(100_000)),
         "a replayed handshake": lambda: once(replay),
     }
+    bad_proof = record(Kind.REFUSED, bytes([Refusal.BAD_PROOF]))  # not just silence, until the time for it is up
     connected = asyncio.Barrier(lorises + 1)  # or this process would be too busy to notice what it is to measure
     slow = [asyncio.create_task(attack(host, port, trickle(), connected)) for _ in range(lorises)]
     async with asyncio.timeout(PATIENCE):
         await connected.wait()
+    print("attacks", flush=True)
     closed: dict[str, list[float]] = {name: [] for name in quick}
     for _ in range(repeats):
         for name, said in quick.items():
-            closed[name].append(await attack(host, port, said()))
+            closed[name].append(
+                await attack(host, port, said(), end=bad_proof if name == "a replayed handshake" else b"")
+            )
         await asyncio.sleep(0.05)
     return {"slow-loris": await asyncio.gather(*slow), **closed}
 

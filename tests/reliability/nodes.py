@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 
@@ -22,7 +22,7 @@ NAMES = ["caller", *(f"caller{n}" for n in range(5)), *(f"worker{n}" for n in ra
 
 SLEEP = request("work:sleep", float, reply=float)
 DO = request("work:do", int, reply=int)
-DONE = request("work:done", int, reply=dict[int, int])  # how often each task was done, from this number on
+DONE = request("work:done", int, reply=dict[int, tuple[int, int]])  # from this number on: how often begun, and done
 
 
 def identity(name: str) -> Identity:
@@ -34,7 +34,7 @@ TRUST = frozenset(identity(name).node_id for name in NAMES)
 
 
 class Work(Service):
-    """Does tasks, which are numbers, and counts how often it has done each."""
+    """Does tasks, which are numbers; counts how often each was begun (those aside that were cancelled), and done."""
 
     name = "work"
 
@@ -50,13 +50,17 @@ class Work(Service):
     @handles(DO)
     async def do(self, msg: Message[int]) -> int:
         self.begun[msg.payload] += 1
-        await anyio.sleep(0.002)
+        try:
+            await anyio.sleep(0.002)
+        except asyncio.CancelledError:  # its caller has given up
+            self.begun[msg.payload] -= 1
+            raise
         self.done[msg.payload] += 1
         return msg.payload
 
     @handles(DONE)
-    async def count(self, msg: Message[int]) -> dict[int, int]:
-        return {task: times for task, times in self.done.items() if task >= msg.payload}
+    async def count(self, msg: Message[int]) -> dict[int, tuple[int, int]]:
+        return {task: (times, self.done[task]) for task, times in self.begun.items() if task >= msg.payload}
 
 
 def node(
@@ -117,6 +121,7 @@ class Process:
         self.address = ""
         self.peers = 0
         self.answers: list[int] = []  # how many nodes answered, each time that it was told to ask
+        self._guards: list[asyncio.subprocess.Process] = []
         self._reading = asyncio.create_task(self._read())
 
     async def _read(self) -> None:
@@ -144,21 +149,30 @@ class Process:
         await until(lambda: len(self.answers) > before)
         return self.answers[-1]
 
-    @property
-    def memory(self) -> int:
-        """The bytes of memory that it has (0 where the system does not tell)."""
-        try:
-            pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
-        except OSError:
-            return 0
-        return pages * os.sysconf("SC_PAGE_SIZE")
+    def memory(self, what: Literal["VmRSS", "VmHWM"]) -> int | None:
+        """Return the bytes of memory that it has, or the most that it ever had; None where the system does not tell."""
+        with suppress(OSError, StopIteration):
+            status = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+            return 1024 * next(int(line.split()[1]) for line in status if line.startswith(what))
+        return None
 
     def signal(self, number: int) -> None:
         """Send it a signal."""
         self.process.send_signal(number)
 
+    async def freeze(self) -> None:
+        """Stop it (SIGSTOP). Stopped, it does not notice the end of its input: a shell does, and kills it."""
+        kill = 'read _; kill -KILL "$0"'
+        pid = str(self.process.pid)
+        self._guards.append(await asyncio.create_subprocess_exec("sh", "-c", kill, pid, stdin=asyncio.subprocess.PIPE))
+        self.signal(signal.SIGSTOP)
+
     async def end(self) -> None:
         """Kill it, if it has not ended."""
+        for guard in self._guards:
+            guard.kill()
+            with anyio.CancelScope(shield=True):
+                await guard.wait()
         if self.process.returncode is None:
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, signal.SIGKILL)  # not Popen.kill(): it may reap, and asyncio then complains

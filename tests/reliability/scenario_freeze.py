@@ -7,6 +7,8 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+import anyio
+
 from meshkit import (
     Bulkhead,
     CallTimeout,
@@ -21,7 +23,7 @@ from meshkit import (
     Unreachable,
     stack,
 )
-from tests.reliability.nodes import DO, Process, address, meet, node, process
+from tests.reliability.nodes import DO, PATIENCE, Process, address, meet, node, process
 from tests.reliability.report import Report
 
 THRESHOLD = 5
@@ -96,9 +98,10 @@ async def scenario(report: Report) -> None:
             guarded = functools.partial(guard, reset_timeout=silent + timeout, slow=timeout / 2)
             load = Load(rt, [steady, victim], guarded, timeout)
             loading = asyncio.create_task(load.run(calls, at_once=at_once))
-            while load.served["worker1"] < calls // 20:
-                await asyncio.sleep(0.01)
-            victim.signal(signal.SIGSTOP)
+            with anyio.fail_after(PATIENCE):
+                while load.served["worker1"] < calls // 20:
+                    await asyncio.sleep(0.01)
+            await victim.freeze()
             frozen_at = time.monotonic()
             await loading
             failed = len(load.failures)
@@ -116,7 +119,9 @@ async def scenario(report: Report) -> None:
             victim.signal(signal.SIGCONT)
             thawed_at = time.monotonic()
             await meet(rt, "worker1")
-            while load.served["worker1"] == before:
-                await load.run(2, at_once=1)
-            report.say(f"when it was let go, it was asked again after {time.monotonic() - thawed_at:.2f} s")
+            with anyio.fail_after(PATIENCE):
+                while load.served["worker1"] == before:
+                    await load.run(2, at_once=1)
+            again = time.monotonic() - thawed_at  # when it is heard, and the breaker lets a call through
+            report.within("when it was let go, it was asked again after", [again], heartbeat + silent + 2 * timeout)
             report.promise("nothing failed after that", len(load.failures) == failed)

@@ -22,7 +22,6 @@ async def scenario(report: Report) -> None:
     async with network(nodes, heartbeat=heartbeat, limits=limits) as mesh:
         report.say(f"{nodes} nodes, {mesh.what}; {mesh.parted} of them stay together")
         await everyone_knows(mesh, nodes - 1)
-        pids = [node.process.pid for node in mesh.nodes]
         for seconds in partitions:
             parted_at = time.monotonic()
             await mesh.part()
@@ -36,8 +35,4 @@ async def scenario(report: Report) -> None:
             answers = [await node.ask() for node in mesh.nodes]
             report.within("when they could reach each other again, all knew all others after", [healed], 15.0)
             report.promise(f"each asked everyone, and {nodes} answered", answers == [nodes] * nodes)
-        report.promise(
-            "no process was started again",
-            [node.process.pid for node in mesh.nodes] == pids
-            and all(node.process.returncode is None for node in mesh.nodes),
-        )
+        report.promise("no process has ended", all(node.process.returncode is None for node in mesh.nodes))

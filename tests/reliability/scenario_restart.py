@@ -5,7 +5,9 @@ import signal
 import time
 from contextlib import AsyncExitStack
 
-from tests.reliability.nodes import DO, Process, address, meet, node, process
+import anyio
+
+from tests.reliability.nodes import DO, PATIENCE, Process, address, meet, node, process
 from tests.reliability.report import Report
 
 WORKERS = ["worker0", "worker1", "worker2"]
@@ -36,15 +38,17 @@ async def scenario(report: Report) -> None:
                     errors.append(error)
                 slowest.append(time.monotonic() - started)
 
-        callers = [asyncio.create_task(caller()) for _ in range(TASKS)]
-        for name in WORKERS[:1] if report.quick else WORKERS * 3:
-            workers[name].signal(signal.SIGTERM)
-            codes.append(await workers[name].process.wait())
-            await stacks[name].aclose()
-            workers[name] = await start(name)
-            await meet(rt, name)
-        over = True
-        await asyncio.gather(*callers)
+        async with asyncio.TaskGroup() as callers:
+            for _ in range(TASKS):
+                callers.create_task(caller())
+            for name in WORKERS[:1] if report.quick else WORKERS * 3:
+                workers[name].signal(signal.SIGTERM)
+                with anyio.fail_after(PATIENCE):
+                    codes.append(await workers[name].process.wait())
+                await stacks[name].aclose()
+                workers[name] = await start(name)
+                await meet(rt, name)
+            over = True
     report.promise(f"{len(codes)} restarts, {len(slowest):,} calls, {len(errors)} failed", not errors)
     report.promise("each worker ended with exit code 0", set(codes) == {0})
     report.say(f"the slowest call took {max(slowest) * 1e3:.0f} ms")

@@ -1,6 +1,7 @@
 """The scenarios in a small version, so that they do not rot; no time is judged. And that they can fail."""
 
 import logging
+import math
 import sys
 from collections.abc import Iterator
 
@@ -43,6 +44,25 @@ def test_a_broken_promise_is_told_and_is_the_exit_code(
     assert "BROKEN it took: median 500 ms, at most 2 s (limit 1 s)" in out
     assert "ok    and then: median 500 ms" in out
     assert out.endswith("2 promises broken\n")
+
+
+def test_what_never_ends_is_a_broken_promise_even_where_no_time_is_judged() -> None:
+    report = Report(quick=True)
+    report.within("it took", [2.0], 1.0)
+    assert report.broken == []
+    report.within("it took", [2.0, math.inf], 1.0)
+    assert len(report.broken) == 1
+
+
+def test_a_scenario_that_gives_up_has_broken_a_promise(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario(report: Report) -> None:
+        raise TimeoutError("they never met")
+
+    monkeypatch.setattr(scenario_kill, "scenario", scenario)
+    assert play("kill", quick=True).broken == ["it comes to its end: TimeoutError"]
+    assert "they never met" in capsys.readouterr().err
 
 
 def test_calls_that_fail_in_another_way_than_promised_are_a_broken_promise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -582,6 +582,17 @@ async def test_a_stop_that_is_cancelled_again_and_again_ends_sooner_and_sooner()
     assert "stop() was cut short" in alice.logged
 
 
+async def test_a_stop_that_is_cancelled_in_each_step_of_the_loop_ends() -> None:
+    alice = Runtime("alice", [Stash()])
+    await alice.start()
+    stopping = asyncio.create_task(alice.stop())
+    await asyncio.sleep(0)
+    for _ in range(1000):
+        stopping.cancel()
+        await asyncio.sleep(0)
+    assert stopping.cancelled()
+
+
 async def test_a_body_that_is_cancelled_drains_with_all_its_grace() -> None:
     stash = Stash()
 

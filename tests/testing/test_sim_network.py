@@ -218,7 +218,7 @@ async def test_who_crashes_says_nothing_and_who_comes_back_is_lost_and_found(sim
     bob.transport.broadcast(b"of a dead one")
     with pytest.raises(Unreachable):
         bob.send(alice, b"of a dead one")
-    await asyncio.sleep(60)
+    await asyncio.sleep(14)
     assert alice.events[-1][1] == "bob: last words"
     assert list(alice.transport.peers) == ["bob"]
     assert not list(bob.transport.peers)
@@ -231,7 +231,20 @@ async def test_who_crashes_says_nothing_and_who_comes_back_is_lost_and_found(sim
     alice.send(bob, b"welcome")
     await asyncio.sleep(1)
     assert bob.heard == [b"welcome"]
+    await asyncio.sleep(60)
+    assert list(alice.transport.peers) == ["bob"]
     await close(bob, alice)
+
+
+@simulate(seeds=3)
+async def test_a_connection_with_a_node_that_has_crashed_times_out(sim: SimLoop) -> None:
+    network = SimNetwork()
+    alice, _ = await nodes_of(network, "alice", "bob")
+    network.crash("bob")
+    await asyncio.sleep(16)
+    assert alice.events == [(16.0, "lost bob")]
+    assert not alice.transport.peers
+    await close(alice)
 
 
 @simulate(seeds=3)

@@ -15,8 +15,8 @@ from meshkit.transports import NatsLimits, NatsTransport
 from tests.transports.tcp_nodes import identity
 
 PATIENCE = 15.0
-QUICK = NatsLimits(heartbeat=0.4, connect_timeout=1.0)
-SLOW = NatsLimits(heartbeat=1000.0)
+QUICK = NatsLimits(heartbeat=0.4, connect_timeout=10.0)
+SLOW = NatsLimits(heartbeat=1000.0, connect_timeout=10.0)
 """Nodes with it are not missed."""
 
 

@@ -150,9 +150,40 @@ async def test_with_a_wrong_ca_the_start_fails_at_once_and_with_the_right_one_th
             await all_meet(alice, bob)
 
 
-async def test_who_asks_for_tls_gets_it_or_sends_nothing(server: NatsServer) -> None:
+async def test_who_asks_for_tls_gets_it_or_sends_nothing(server: NatsServer, certificate: Path) -> None:
     error = await refusal(Node("alice", server.url.replace("nats://", "tls://user:secret@")))
     assert "it does not offer TLS" in str(error)
+    config = f'tls {{ cert_file: "{certificate}/cert.pem", key_file: "{certificate}/key.pem" }}\nallow_non_tls: true'
+    with NatsServer(config) as either:
+        tls = ssl.create_default_context(cafile=str(certificate / "cert.pem"))
+        for context in (tls, None):
+            async with running(node := Node("alice", either.url, tls=context)):
+                mesh = node.transport._mesh
+                assert mesh is not None
+                assert mesh.link is not None
+                writer = mesh.link._socket._io_writer
+                assert writer is not None
+                assert bool(writer.get_extra_info("ssl_object")) == bool(context)
+
+
+async def test_a_server_that_asks_before_it_answers_is_answered() -> None:
+    heard: asyncio.Queue[bytes] = asyncio.Queue()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"max_payload": 1048576}\r\n')
+        while line := await reader.readline():
+            heard.put_nowait(line)
+            if line == b"PING\r\n":
+                writer.write(b"PING\r\nPONG\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as other:
+        url = f"nats://127.0.0.1:{other.sockets[0].getsockname()[1]}"
+        async with running(Node("alice", url)):
+            with anyio.fail_after(PATIENCE):
+                while await heard.get() != b"PONG\r\n":
+                    pass
+        await until(lambda: len(asyncio.all_tasks()) == 1)
 
 
 async def test_when_the_start_returns_the_server_knows_the_node(server: NatsServer) -> None:
@@ -176,6 +207,19 @@ async def test_a_start_that_is_closed_meanwhile_ends_and_leaves_nothing(server: 
     server.thaw()
     async with running(node):
         pass
+
+
+def test_a_loop_that_ends_without_a_close_takes_the_transport_with_it(caplog: pytest.LogCaptureFixture) -> None:
+    node = Node("alice", any_url(), subject="left")
+
+    async def main() -> None:
+        await node.start()
+
+    for _ in range(2):
+        asyncio.run(main())  # it cancels what is left
+        assert not caplog.messages
+        assert not node.transport.peers
+        asyncio.run(node.transport.close())
 
 
 async def test_a_cancellation_that_the_client_swallows_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ _numbers = itertools.count()
 class TestNats(TransportConformance[NatsTransport]):
     real_time = True
     authenticated = True
-    limits = NatsLimits(heartbeat=1.0)
+    limits = NatsLimits(heartbeat=1.0, connect_timeout=10.0)
     subject = ""
     max_frame = limits.max_frame
     max_buffer = limits.max_buffer

@@ -108,6 +108,23 @@ async def test_a_stranger_that_says_that_nobody_is_there_makes_a_node_ask_and_no
         assert alice.heard == [b"mark"] * 3
 
 
+async def test_what_a_node_said_in_its_last_life_does_not_look_like_another_one_with_its_key(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with stranger(any_url(), "life.>") as mallory:
+        async with running(first := Node("alice", any_url(), subject="life")):
+            await mallory.until_heard(f".{first.id}.here")
+        recorded = [*mallory.heard]
+        async with running(alice := Node("alice", any_url(), subject="life", limits=SLOW)):
+            for message in recorded * 3:
+                await mallory.repeats(message)
+            asked = await mallory.until_heard(f"life.{alice.id}.{alice.id}.here")
+            await mallory.repeats(asked[0])
+            await mallory.repeats(asked[0])
+            assert len(asked) == 1
+            assert not caplog.messages
+
+
 async def test_a_node_that_is_trusted_cannot_speak_for_another() -> None:
     alice, bob = names("another")
     async with stranger(any_url(), "another.>") as mallory, running(alice, bob):
@@ -162,10 +179,11 @@ async def test_what_is_logged_about_strangers_is_bounded(caplog: pytest.LogCaptu
         mesh = alice.transport._mesh
         assert mesh is not None
         for number in range(mesh.MOST_TOLD + 50):
-            await mallory.client.publish(f"logged.all.node{number}{'x' * 200}.here", b"")
+            await mallory.client.publish(f"logged.all.\x1b[31mnode{number}{'x' * 200}.here", b"")
         await until(lambda: len(caplog.messages) == mesh.MOST_TOLD)
         await mallory.client.flush()
         assert max(len(line) for line in caplog.messages) < 200
+        assert all(line.isprintable() for line in caplog.messages)
 
 
 async def test_a_node_can_be_held_to_its_name_by_the_server() -> None:
@@ -204,7 +222,11 @@ async def test_garbage_from_the_server_ends_the_connection_and_the_node_goes_on(
             alice, bob = Node("alice", url, limits=SLOW), Node("bob", server.url, limits=SLOW)
             async with running(alice, bob):
                 for number, garbage in enumerate(
-                    (b"garbage\r\n", b"-ERR 'a whim'\r\n", b"MSG x\r\n", b"INFO {\r\n"), 2
+                    (
+                        *(b"garbage\r\n", b"-ERR 'a whim'\r\n", b"MSG x\r\n", b"INFO {\r\n"),
+                        b'INFO {"connect_urls": ["one:99999", "two:x", "[::1", ":1", "", 5]}\r\n-ERR \'bye\'\r\n',
+                    ),
+                    2,
                 ):
                     connections[-1].write(garbage)
                     await alice.until(lambda number=number: alice.told("found", bob) == number)  # type: ignore[misc]

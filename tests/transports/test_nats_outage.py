@@ -112,6 +112,15 @@ async def test_a_close_does_not_wait_for_a_frozen_server() -> None:
             server.thaw()
 
 
+async def test_a_connection_that_breaks_in_the_middle_of_a_close_is_not_looked_for_again() -> None:
+    async with running(alice := Node("alice", any_url(), subject="breaks")):
+        mesh = alice.transport._mesh
+        assert mesh is not None
+        alice.die()
+        await until(mesh._keeper.done)
+        assert mesh._keeper.exception() is None
+
+
 async def test_a_loop_that_stood_still_loses_nobody() -> None:
     alice, bob = (Node(name, any_url(), subject="still", limits=QUICK) for name in ("alice", "bob"))
     async with running(alice, bob):
@@ -156,13 +165,60 @@ async def test_credentials_that_do_not_hold_any_more_are_said_once(caplog: pytes
             assert "does not accept" in caplog.messages[1]
 
 
+async def test_a_server_that_comes_back_unfit_is_said_once_and_used_when_it_is_mended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with NatsServer() as server:
+        async with running(alice := Node("alice", server.url)):
+            server.kill()
+            server._config = "max_payload: 65536"
+            server.start()
+            await until(lambda: "messages of at most 65536 bytes" in caplog.text)
+            mesh = alice.transport._mesh
+            assert mesh is not None
+            failures = mesh._connector._failures
+            await until(lambda: mesh._connector._failures > failures)
+            assert len(caplog.messages) == 2
+            server.kill()
+            server._config = ""
+            server.start()
+            await until(lambda: alice.transport.server)
+
+
+async def test_a_node_that_reads_too_slowly_is_cut_off_by_the_server_and_comes_back() -> None:
+    with NatsServer("max_pending: 1MB") as server:
+        alice, bob = Node("alice", server.url, limits=SLOW), Node("bob", server.url, limits=SLOW)
+        async with running(alice, bob):
+            mesh = bob.transport._mesh
+            assert mesh is not None
+            assert mesh.link is not None
+            writer = mesh.link._socket._io_writer
+            assert writer is not None
+            writer.transport.pause_reading()  # type: ignore[attr-defined]
+            with anyio.fail_after(PATIENCE):
+                while "Slow Consumer" not in server.log:
+                    alice.transport.send(bob.id, bytes(500_000))
+                    await asyncio.sleep(0)
+            writer.transport.resume_reading()  # type: ignore[attr-defined]
+            await bob.until(lambda: bob.told("found", alice) == 2)
+            await all_meet(alice, bob)
+            alice.transport.send(bob.id, b"afterwards")
+            await bob.until(lambda: bob.heard[-1:] == [b"afterwards"])
+
+
 async def test_the_other_servers_of_a_cluster_are_found_with_the_same_credentials() -> None:
     with cluster(3) as servers:
         async with running(alice := Node("alice", servers[0].url)):
             mesh = alice.transport._mesh
             assert mesh is not None
             ports = {server.port for server in servers}
-            await until(lambda: mesh.link and {s.port for s in mesh.link.cluster()} == ports - {servers[0].port})
+            await until(lambda: mesh.link and {s.port for s in mesh.link.cluster} == ports - {servers[0].port})
+            assert mesh.link is not None
+            before = mesh.link.cluster
+            await mesh.link._process_info({"connect_urls": [f"127.0.0.1:{servers[0].port}"]})
+            assert mesh.link.cluster == before, "a server that knows only itself is cut off from the others"
+            await mesh.link._process_info({"connect_urls": ["127.0.0.1:1", "one:99999", 5]})
+            assert [str(server) for server in mesh.link.cluster] == ["127.0.0.1:1"]
             server = Server.parse("tls://user:pass@one.example").other("10.0.0.2", 4333)
             assert (server.host, server.port, server.tls, server.user, server.password, server.certified) == (
                 ("10.0.0.2", 4333, True, "user", "pass", "one.example")

@@ -58,10 +58,7 @@ class Company:
         if told.echo != self.session:  # it may be a replay: let it prove that it is not
             if full:
                 return Then(full=True)
-            if (node, told.session) in self._asked or len(self._asked) >= self._max_peers:
-                return Then()
-            self._asked.add((node, told.session))
-            return Then(answer=Says.HERE_AND_WHO_ARE_YOU)
+            return Then(answer=Says.HERE_AND_WHO_ARE_YOU) if self.may_ask(node, told.session) else Then()
         if full:
             return Then(answer=Says.GOODBYE, full=True)  # it was asked when there was room
         if peer is not None:
@@ -79,6 +76,13 @@ class Company:
             return Then(lost=True)
         peer.number, peer.missing = told.number, 0
         return Then(answer=_answer(told))
+
+    def may_ask(self, node: str, session: bytes) -> bool:
+        """Return whether to ask a node for proof in this session of it: once in a tick, lest others make it ask."""
+        if (node, session) in self._asked or len(self._asked) >= self._max_peers:
+            return False
+        self._asked.add((node, session))
+        return True
 
     def doubt(self, node: str) -> bool:
         """Take note that nobody seems to be there; return whether to ask the node, which is lost if it does not answer.

@@ -9,7 +9,7 @@ import anyio
 
 from meshkit import _time
 from meshkit.retrier import Backoff
-from meshkit.transports._nats.link import Link
+from meshkit.transports._nats.link import Link, Unfit
 from meshkit.transports._nats.servers import Server, Servers
 
 __all__ = ["Connector"]
@@ -53,7 +53,7 @@ class Connector:
 
     def lost(self, link: Link) -> None:
         """Take note that a connection is lost; what it told of the cluster is remembered."""
-        self._servers.discovered(link.cluster())
+        self._servers.discovered(link.cluster)
         self._servers.lost(link.server)
         now = _time.now()
         self.trouble = f"the connection to the NATS server {link.server} is lost ({link.ended.result()})"
@@ -66,7 +66,7 @@ class Connector:
 
     async def again(self) -> Link:
         """Connect again, however long it takes."""
-        denied = False
+        told = False
         while True:
             await anyio.sleep(self._backoff.delay(self._failures, random.random))
             for server in self._servers.in_order():
@@ -74,8 +74,8 @@ class Connector:
                     return self._connected(await self._connect(server))
                 except OSError as error:
                     self.trouble = str(error)
-                    if isinstance(error, PermissionError) and not denied:  # this does not heal by itself
-                        denied = True
+                    if isinstance(error, PermissionError | Unfit) and not told:  # this does not heal by itself
+                        told = True
                         _log.warning("%s; this node goes on trying", self.trouble)
             self._failures += 1
 

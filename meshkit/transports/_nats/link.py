@@ -1,32 +1,37 @@
 """One connection to a NATS server. The only importer of nats-py, of which a `Link` is a client that never reconnects.
 
-Used of it: the connection, TLS, credentials, the parser, and what a server tells of its cluster. Replaced is what it
-does when a message comes (a queue and a task for each subscription: order between them is lost), when the connection
+Used of it: the connection, TLS, credentials and the parser. Replaced is what it does when a message comes (a queue and
+a task for each subscription: order between them is lost), when a server tells of its cluster, when the connection
 breaks (it keeps what was not sent and sends it later, when its callers have given up; it waits for a server that reads
 nothing) and how it finds that out (pings that wait behind what is unsent).
 """
 
-# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
-# nats-py is typed in part only.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# nats-py is typed in part only, and JSON is not.
 
 import asyncio
 import logging
 import ssl
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any
 
 import anyio
 import nats.errors
-from nats.aio.client import PING_PROTO, Client
+from nats.aio.client import PING_PROTO, PONG_PROTO, Client
 from nats.aio.transport import TcpTransport
 
 from meshkit.transports._nats.servers import Server
 
-__all__ = ["Link", "connect"]
+__all__ = ["Link", "Unfit", "connect"]
 
 _log = logging.getLogger("meshkit.transports.nats")
 _NO_RESPONDERS = b"NATS/1.0 503"
+
+
+class Unfit(ConnectionError):
+    """The server cannot be used as it is configured: that does not heal by itself."""
 
 
 class _Socket(TcpTransport):
@@ -55,11 +60,11 @@ class _Socket(TcpTransport):
         return data
 
     def write(self, payload: bytes) -> None:
-        """Send; `ConnectionError` if that would show what is secret."""
+        """Send; `Unfit` if that would show what is secret."""
         writer = self._io_writer
         assert writer is not None, "it was not connected"  # noqa: S101 - the client connects first
         if self._tls and writer.get_extra_info("ssl_object") is None:
-            raise ConnectionError("it does not offer TLS")
+            raise Unfit("it does not offer TLS")
         if not writer.is_closing():  # else asyncio would log that, until it is noticed
             writer.write(payload)
 
@@ -88,6 +93,8 @@ class Link(Client):
         super().__init__()
         self.server = server
         self.ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.cluster: list[Server] = []
+        """The other servers of which it has told. One that knows no other any more is cut off from them."""
         self.denied = ""  # the first thing that the server does not permit
         self._checked = False
         self._receive = receive
@@ -132,12 +139,6 @@ class Link(Client):
             self._answers.append(answer)
             self._socket.write(PING_PROTO)
 
-    def cluster(self) -> list[Server]:
-        """Return the other servers of which this one has told."""
-        return [
-            self.server.other(url.hostname, url.port) for url in self.discovered_servers if url.hostname and url.port
-        ]
-
     def check(self, max_frame: int) -> None:
         """Raise what speaks against using this connection."""
         self._checked = True
@@ -148,7 +149,7 @@ class Link(Client):
         if self.denied:
             raise PermissionError(self.denied)
         if self.max_payload < max_frame:
-            raise ConnectionError(
+            raise Unfit(
                 f"it takes messages of at most {self.max_payload} bytes, and a frame may have {max_frame}: raise "
                 "max_payload in its configuration, or lower NatsLimits(max_frame=...)"
             )
@@ -176,11 +177,27 @@ class Link(Client):
         self._current_server = self._server_pool[0]
         await self._connect_to_server(self._current_server)
 
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
+        self.cluster = self._others(info.get("connect_urls")) or self.cluster
+        if self.server.tls and info.get("tls_available"):
+            info["tls_required"] = True  # by this end: the client would talk in plain text where the server lets it
+
+    def _others(self, urls: object) -> list[Server]:
+        others: list[Server] = []
+        for url in urls if isinstance(urls, list) else ():
+            with suppress(ValueError):  # it can tell anything
+                told = Server.parse(url)
+                others.append(self.server.other(told.host, told.port))
+        return [other for other in others if str(other) != str(self.server)]
+
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: bytes | None) -> None:
         if headers is None:
             self._receive(bytes(subject), data)
         elif headers.startswith(_NO_RESPONDERS):
             self._unanswered(bytes(subject))
+
+    async def _process_ping(self) -> None:
+        self._socket.write(PONG_PROTO)  # the client never answers, if it is asked while it connects
 
     async def _process_pong(self) -> None:
         answer = self._answers.popleft() if self._answers else None
@@ -219,7 +236,7 @@ async def connect(
 
     Raises:
         PermissionError: It does not let this node in, or does not permit a subscription.
-        ConnectionError: It cannot be used; the message says why.
+        ConnectionError: It cannot be used; the message says why. It is `Unfit` if only people can change that.
     """
     link = Link(server, receive, unanswered)
     options: dict[str, Any] = {"user": server.user, "password": server.password, "token": server.token}
@@ -265,7 +282,9 @@ def _explained(error: Exception, server: Server, timeout: float, credentials: st
         return ConnectionError(f"{where}nobody listens there")
     if isinstance(error, ssl.SSLCertVerificationError):
         why = f"its certificate is not accepted ({error.verify_message}): give an ssl.SSLContext that knows its CA"
-        return ConnectionError(f"{where}{why}, as tls=")
+        return Unfit(f"{where}{why}, as tls=")
+    if isinstance(error, Unfit):
+        return Unfit(f"{where}{text}")
     if "INFO message" in text:
         return ConnectionError(f"{where}whoever listens there is no NATS server")
     if isinstance(error, PermissionError) or "permissions violation" in text.lower():

@@ -134,16 +134,21 @@ class Mesh:
     # --- the connection
 
     async def _keep(self) -> None:
-        """Connect, and stay connected."""
+        """Connect, and stay connected, until it is closed."""
         link = await self._connector.first()
         while True:
             self._up(link)
             try:
                 await asyncio.wait([link.ended])
+            except asyncio.CancelledError:  # by `close`, or by whoever ends the loop
+                self._closed = True
+                raise
             finally:
                 self._down(link)
                 with anyio.CancelScope(shield=True):
                     await link.abort()
+            if self._closed:
+                return
             link = await self._connector.again()
 
     async def _connect(self, server: Server) -> Link:
@@ -228,7 +233,9 @@ class Mesh:
 
     def _on_announcement(self, node: str, subject: bytes, data: bytes) -> None:
         if node != self._prover.identity.node_id and not self._prover.trusts(node):
-            self._tell_once(f"node {node:.60} is on NATS, and is not trusted: add its id to trust=, if it shall get in")
+            self._tell_once(
+                f"node {node!r:.60} is on NATS, and is not trusted: add its id to trust=, if it shall get in"
+            )
             return
         try:
             told = Announcement.read(data, subject, _key_of(node))
@@ -237,8 +244,10 @@ class Mesh:
         if told is None:
             return
         if node == self._prover.identity.node_id:
-            if told.session not in self._sessions:
+            if told.echo == self.company.session:
                 self._tell_once("another node has the key of this one: each node needs a key of its own")
+            elif told.session not in self._sessions and self.company.may_ask(node, told.session):
+                self._say(Says.HERE, node, told.session)  # it may be a replay of what this node has said long ago
             return
         then = self.company.heard(node, told)
         if then.lost:

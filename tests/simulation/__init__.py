@@ -1,0 +1,1 @@
+"""meshkit itself, simulated: a cluster in a storm of faults, and what must hold in it, whatever happens."""

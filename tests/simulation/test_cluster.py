@@ -1,0 +1,57 @@
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from meshkit.testing import SimLoop, simulate, simulated
+from tests.simulation.cluster import scenario
+from tests.simulation.mutants import MUTANTS, Patch
+
+PINNED = [90]
+"""Seeds that have failed once."""
+
+
+@simulate(seeds=[0, 1, 2, *PINNED])
+async def test_a_cluster_survives_a_storm(sim: SimLoop) -> None:
+    await scenario(sim)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_fault_in_meshkit_is_found_within_200_seeds(monkeypatch: pytest.MonkeyPatch, mutant: Patch) -> None:
+    mutant(monkeypatch)
+    with pytest.raises((AssertionError, ExceptionGroup)):
+        for seed in [4, *range(200)]:  # the fourth finds most of them
+            simulated(seed, scenario)
+
+
+# --- the same anywhere
+
+PRINT_TRACE = """
+from meshkit.testing import simulated
+from tests.simulation.cluster import scenario
+print(simulated(7, scenario))
+"""
+
+
+def pythons() -> list[str]:
+    """Return the interpreters that can run meshkit: this one, those that nox has made, and MESHKIT_PYTHONS."""
+    root = pathlib.Path(__file__).parents[2]
+    named = filter(None, os.environ.get("MESHKIT_PYTHONS", "").split(os.pathsep))
+    return [sys.executable, *sorted(map(str, root.glob(".nox/tests-3-*/bin/python"))), *named]
+
+
+def trace_of(python: str, hash_seed: str) -> str:
+    root = pathlib.Path(__file__).parents[2]
+    env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(root)}
+    done = subprocess.run([python, "-c", PRINT_TRACE], capture_output=True, text=True, check=False, env=env, cwd=root)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("python", pythons())
+def test_the_trace_of_the_cluster_is_the_same_in_every_process_and_on_every_python(python: str) -> None:
+    assert trace_of(python, "1") == simulated(7, scenario)
+    if python == sys.executable:
+        assert trace_of(python, "2") == simulated(7, scenario) != simulated(8, scenario)
