@@ -185,6 +185,18 @@ async def test_a_server_that_comes_back_unfit_is_said_once_and_used_when_it_is_m
             await until(lambda: alice.transport.server)
 
 
+async def test_a_node_whose_permission_is_taken_away_and_given_back_heals(caplog: pytest.LogCaptureFixture) -> None:
+    right = "authorization { users: [{user: u, password: p}] }"
+    with NatsServer(right) as server:
+        alice, bob = (Node(name, server.url.replace("//", "//u:p@"), limits=SLOW) for name in ("alice", "bob"))
+        async with running(alice, bob):
+            server.reload("authorization { users: [{user: u, password: p, permissions: {subscribe: other}}] }")
+            await until(lambda: caplog.text.count("does not permit what the mesh needs") == 2)
+            assert not alice.transport.peers
+            server.reload(right)
+            await all_meet(alice, bob)
+
+
 async def test_a_node_that_reads_too_slowly_is_cut_off_by_the_server_and_comes_back() -> None:
     with NatsServer("max_pending: 1MB") as server:
         alice, bob = Node("alice", server.url, limits=SLOW), Node("bob", server.url, limits=SLOW)
