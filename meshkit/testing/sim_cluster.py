@@ -151,9 +151,6 @@ class SimCluster:
             Exception: What `make`, or the start of a runtime, raised first.
         """
         nodes = self._chosen(names) if names else [node for node in self if not node.up]
-        for node in nodes:
-            if node.up:
-                raise RuntimeError(f"node {node.name!r} is up already")
         await self._at_once("start", [(node, self._start(node)) for node in nodes])
 
     async def stop(self, *names: str) -> None:
@@ -221,6 +218,8 @@ class SimCluster:
         return [self[name] for name in names]
 
     async def _start(self, node: SimNode) -> None:
+        if node.up:
+            raise RuntimeError(f"node {node.name!r} is up already")
         try:
             await node.start(self._make)
         except BaseException:

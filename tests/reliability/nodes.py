@@ -170,8 +170,8 @@ class Process:
     async def end(self) -> None:
         """Kill it, if it has not ended."""
         for guard in self._guards:
-            guard.kill()
-            with anyio.CancelScope(shield=True):
+            with suppress(ProcessLookupError), anyio.CancelScope(shield=True):  # Ctrl-C may have ended it
+                guard.kill()
                 await guard.wait()
         if self.process.returncode is None:
             with suppress(ProcessLookupError):

@@ -16,8 +16,8 @@ CONVERGENCE = 5 + 2 * SKEW
 """Seconds after the last fault until all know one another again and calls succeed, however wrong the clocks are."""
 
 
-async def scenario(sim: SimLoop) -> str:
-    """Play it; return the trace."""
+async def scenario(sim: SimLoop, storm: float = STORM) -> str:
+    """Play it, with so many seconds of faults; return the trace."""
     world = World(sim)
     cluster = make_cluster(world, NAMES)
     cluster.network.link = CALM
@@ -26,11 +26,10 @@ async def scenario(sim: SimLoop) -> str:
         node.wall_offset = sim.rng.uniform(-SKEW, SKEW)
     async with cluster:
         Forger(cluster, sim)
-        storm = Storm(world, cluster)
         async with asyncio.TaskGroup() as group:
             watch = group.create_task(watch_over(world))
             clients = [group.create_task(client(world, cluster, node, group)) for node in cluster for _ in range(2)]
-            await storm.rage(STORM)
+            await Storm(world, cluster).rage(storm)
             await cluster.until(cluster.connected, timeout=CONVERGENCE)
             for each in clients:
                 each.cancel()

@@ -86,7 +86,7 @@ class Storm:
 
     async def start(self, name: str) -> None:
         if not self.cluster[name].up:
-            with suppress(Crashed):
+            with suppress(RuntimeError):  # it has crashed, or somebody else was quicker
                 await self.cluster.start(name)
 
     async def pause(self) -> None:
@@ -96,8 +96,10 @@ class Storm:
         machine = self.cluster[name].machine
         with self.stalled():
             machine.pause()
-            await asyncio.sleep(self.rng.uniform(0.1, 10))
-            machine.resume()
+            try:
+                await asyncio.sleep(self.rng.uniform(0.1, 10))
+            finally:  # or nothing on it could ever end, not even when something was wrong
+                machine.resume()
 
     async def partition(self) -> None:
         ones = self.some()

@@ -349,6 +349,9 @@ async def test_a_node_may_crash_while_it_starts_or_stops(sim: SimLoop) -> None:
 async def test_a_node_that_is_up_is_not_started(cluster: SimCluster, sim: SimLoop) -> None:
     with pytest.raises(RuntimeError, match="node 'bob' is up already"):
         await cluster.start("bob")
+    await cluster.stop("bob")
+    results = await asyncio.gather(cluster.start("bob"), cluster.start("bob"), return_exceptions=True)
+    assert sorted(map(type, results), key=str) == [RuntimeError, type(None)]
     assert await add(cluster, "alice", "bob") == 1
 
 

@@ -92,10 +92,17 @@ class NatsServer:
             self._process.wait()
             self._process = None
 
+    def reload(self, config: str) -> None:
+        """Let it read another configuration; the connections that this permits stay open."""
+        assert self._process is not None
+        (self.folder / "config").write_text(config)
+        self._process.send_signal(signal.SIGHUP)
+
     def freeze(self) -> None:
         """Stop it (SIGSTOP): its connections stay open, and it says nothing."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)  # its threads go on for a moment
 
     def thaw(self) -> None:
         assert self._process is not None

@@ -209,7 +209,7 @@ class Link(Client):
 
     async def _process_err(self, err_msg: str) -> None:
         text = err_msg.strip("' ")
-        if "permissions violation" not in text:
+        if "permissions violation" not in text or (self._checked and "for subscription" in text):  # it hears nothing
             self.end(f"it said: {text}")
         elif not self.denied:
             self.denied = text
