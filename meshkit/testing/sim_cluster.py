@@ -223,8 +223,7 @@ class SimCluster:
         try:
             await node.start(self._make)
         except BaseException:
-            if node.up:
-                self.crash(node.name)
+            self.crash(*(each.name for each in [node] if each.up))
             raise
 
     async def _at_once(self, verb: str, work: "list[tuple[SimNode, Coroutine[Any, Any, None]]]") -> None:
