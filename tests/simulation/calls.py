@@ -1,10 +1,11 @@
 """Very many calls over a bad network, each retried until it is answered: what they do is done once."""
 
 import asyncio
+import time
 from collections import Counter
 
 from meshkit import Message, OutcomeUnknown, Refused, Retrier, RetryPolicy, Runtime, Service, handles, request
-from meshkit.testing import Link, SimCluster, SimLoop, SimNode, Verdict
+from meshkit.testing import Link, SimCluster, SimLoop, SimNode, Verdict, simulated
 
 ADD = request("calls:add", int, reply=int)
 BAD = Link(delay=0.01, jitter=0.01, loss=0.1, duplication=0.1, reordering=0.1)
@@ -59,3 +60,10 @@ async def many_calls(sim: SimLoop, count: int) -> str:
         faults = [cluster.network.verdicts[each] for each in (Verdict.LOSE, Verdict.DUPLICATE, Verdict.REORDER)]
         assert min(faults) > count / 50, faults
     return sim.trace
+
+
+def timed_calls(count: int) -> tuple[str, float]:
+    """Make so many calls in a simulation of their own; return the trace, and how many there were in a second."""
+    begun = time.monotonic()
+    trace = simulated(1, lambda sim: many_calls(sim, count))
+    return trace, count / (time.monotonic() - begun)
