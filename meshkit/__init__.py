@@ -83,6 +83,7 @@ if TYPE_CHECKING:
         Untrusted as Untrusted,
     )
     from meshkit.events import Event as Event, Observer as Observer, notify as notify, report as report
+    from meshkit.faults import buggify as buggify
     from meshkit.guard import (
         Guard as Guard,
         PerKey as PerKey,
@@ -195,6 +196,7 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
             ],
             "events": ["Event", "Observer", "notify", "report"],
             "guard": ["Guard", "PerKey", "PerKeyStats", "Stack", "require_async", "stack"],
+            "faults": ["buggify"],
             "batch": ["Batch", "BatchCollector", "BatchDone", "BatchStats", "Taken"],
             "bulkhead": ["Bulkhead", "BulkheadRefused", "BulkheadStats", "BulkheadWaited", "Slots"],
             "call_registry": ["CallEnded", "CallRegistry", "CallRegistryStats", "PendingCalls", "ReplyIgnored"],

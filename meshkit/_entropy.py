@@ -6,11 +6,14 @@ Jitter is drawn with Python's `random` instead, which a `meshkit.testing.SimLoop
 import asyncio
 import os
 import random
+from collections.abc import Callable
 
 from meshkit._time import running_loop
 
 simulations: dict[asyncio.AbstractEventLoop | None, random.Random] = {}
 """The simulated loops that run now, and what they draw from: only `meshkit.testing` puts any here."""
+buggified: dict[asyncio.AbstractEventLoop | None, Callable[[str], bool]] = {}
+"""Those of them in which points of `meshkit.buggify` fire, and what says whether one does."""
 
 
 def random_bytes(size: int) -> bytes:

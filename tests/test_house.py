@@ -21,7 +21,7 @@ MODULES = sorted(
 )
 PUBLIC = [name for name in MODULES if not any(part.startswith("_") for part in name.split("."))]
 
-BASE = {"errors", "events", "guard"}
+BASE = {"errors", "events", "faults", "guard"}
 UTILITIES = {
     "batch",
     "bulkhead",

@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar, cast
 import anyio
 
 from meshkit.errors import Closed, Overloaded
+from meshkit.faults import buggify
 from meshkit.runtime.backlog import Backlog, Item
 
 __all__ = ["Mailbox"]
@@ -42,6 +43,8 @@ class Mailbox(Generic[T]):
 
     FAIRNESS = 32
     """Items that a worker takes before it lets other tasks run, if no handler waits for anything."""
+    LATE = 0.05
+    """Seconds by which a new worker begins late, where a simulation asks for it."""
 
     def __init__(
         self,
@@ -192,6 +195,8 @@ class Mailbox(Generic[T]):
             self._wake()
 
     async def _work(self) -> None:
+        if buggify("mailbox: a new worker begins late"):
+            await asyncio.sleep(self.LATE)
         _inside.set(self)
         me = cast("asyncio.Task[None]", asyncio.current_task())
         while True:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 
 from meshkit import _time
 from meshkit.errors import Unreachable
+from meshkit.faults import buggify
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.transport import Transport
 from meshkit.runtime.wire import MAX_BUNDLE, Wire, encode_into
@@ -54,6 +55,8 @@ class Outbox:
 
     MAX_BYTES = 256 * 1024
     """Bytes in a bundle; a message that is larger has one for itself."""
+    LATE = 0.05
+    """Seconds by which bundles leave late, where a simulation asks for it."""
 
     def __init__(
         self,
@@ -67,6 +70,7 @@ class Outbox:
         self._max_bytes = self.MAX_BYTES if prover is None else min(self.MAX_BYTES, prover.max_bundle)
         self._bundles: dict[str | None, _Bundle] = {}
         self._due = False  # whether the loop is going to call `flush`
+        self._late: asyncio.TimerHandle | None = None  # what calls it, in a simulation that lets bundles leave late
         self._loop = asyncio.get_running_loop()
 
     def post(self, to: str | None, wire: Wire) -> None:
@@ -102,11 +106,17 @@ class Outbox:
     def _schedule(self) -> None:
         if not self._due:
             self._due = True
-            self._loop.call_soon(self.flush)
+            if buggify("outbox: bundles leave late"):
+                self._late = self._loop.call_later(self.LATE, self.flush)
+            else:
+                self._loop.call_soon(self.flush)
 
     def flush(self) -> None:
         """Send everything now. What is posted meanwhile, by whoever receives it, leaves in the next turn."""
         self._due = False
+        if self._late is not None:
+            self._late.cancel()
+            self._late = None
         try:
             for to in list(self._bundles):
                 if to in self._bundles:

@@ -27,12 +27,13 @@ import heapq
 import itertools
 import random
 import struct
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Iterable
 from operator import itemgetter
 from typing import Any, TypeVar
 
 from meshkit import _check, _entropy
+from meshkit.testing._sim_faults import Faults
 from meshkit.testing._sim_machine import Machine as Machine, current
 from meshkit.testing.virtual_time import Livelock, VirtualTimeLoop
 
@@ -88,8 +89,11 @@ class SimLoop(VirtualTimeLoop):
     _ready: deque[Any]
     _timer_cancelled_count: int
 
-    def __init__(self, seed: int, *, wall_start: float = 1_767_225_600.0) -> None:
-        """`wall_start` is what wall clocks say at the start (default: 2026-01-01 00:00 UTC)."""
+    def __init__(self, seed: int, *, buggify: bool = False, wall_start: float = 1_767_225_600.0) -> None:
+        """`wall_start` is what wall clocks say at the start (default: 2026-01-01 00:00 UTC).
+
+        With `buggify`, points of `meshkit.buggify` fire: for a seed each is armed or not, and fires now and then if so.
+        """
         super().__init__(wall_start=wall_start)
         if isinstance(seed, bool) or not isinstance(seed, int):
             self.close()
@@ -97,6 +101,9 @@ class SimLoop(VirtualTimeLoop):
         self.seed = seed
         self.rng = self.stream("test")
         """For what the test itself draws."""
+        self.fired: Counter[str] = Counter()
+        """How often each point of `meshkit.buggify` has fired."""
+        self._faults = Faults(self) if buggify else None
         self.log: Callable[[str], object] | None = None
         """Set it to `print` to see each task step."""
         self.paused: set[Machine] = set()
@@ -200,10 +207,13 @@ class SimLoop(VirtualTimeLoop):
         gc.disable()
         random.setstate(self._random_state)
         _entropy.simulations[self] = self._entropy
+        if self._faults is not None:
+            _entropy.buggified[self] = self._faults.fires
         try:
             super().run_forever()
         finally:
             del _entropy.simulations[self]
+            _entropy.buggified.pop(self, None)
             for machine in list(self.paused):  # or what is left on it could not be cancelled
                 machine.resume()
             self._random_state = random.getstate()

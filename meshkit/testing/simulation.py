@@ -29,17 +29,19 @@ _T = TypeVar("_T")
 _Test: TypeAlias = Callable[..., Coroutine[Any, Any, None]]
 
 
-def simulated(seed: int, main: Callable[[SimLoop], Coroutine[Any, Any, _T]]) -> _T:
+def simulated(seed: int, main: Callable[[SimLoop], Coroutine[Any, Any, _T]], *, buggify: bool = False) -> _T:
     """Run `main(sim)` on a fresh `SimLoop` of that seed and return its result; fail if it leaves anything behind.
+
+    With `buggify`, points of `meshkit.buggify` fire.
 
     Raises:
         Leak, Deadlock, Livelock: As `run` does.
     """
-    sim = SimLoop(seed)
+    sim = SimLoop(seed, buggify=buggify)
     return run(partial(main, sim), loop=sim)
 
 
-def simulate(*, seeds: int | Iterable[int]) -> Callable[[_Test], Callable[..., None]]:
+def simulate(*, seeds: int | Iterable[int], buggify: bool = False) -> Callable[[_Test], Callable[..., None]]:
     """Make a test of `async def test(sim)`, which runs on a fresh `SimLoop` for each seed, until one fails.
 
     The failure says how to repeat just that run: with the environment variable MESHKIT_SEED, which stands for all
@@ -48,6 +50,7 @@ def simulate(*, seeds: int | Iterable[int]) -> Callable[[_Test], Callable[..., N
 
     Args:
         seeds: How many, from 0 on; or which. So to pin one that has failed: `[*range(20), 4711]`.
+        buggify: Whether points of `meshkit.buggify` fire.
     """
     chosen = tuple(range(_check.count("seeds", seeds))) if isinstance(seeds, int) else tuple(seeds)
     if not chosen:
@@ -62,7 +65,7 @@ def simulate(*, seeds: int | Iterable[int]) -> Callable[[_Test], Callable[..., N
         def run_each_seed(*args: Any, **kwargs: Any) -> None:
             for seed in _seeds(chosen):
                 try:
-                    simulated(seed, lambda sim: test(*args, sim=sim, **kwargs))
+                    simulated(seed, lambda sim: test(*args, sim=sim, **kwargs), buggify=buggify)
                 except BaseException as error:
                     error.add_note(f"MESHKIT_SEED={seed} {_command(test)}")
                     raise

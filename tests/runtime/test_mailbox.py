@@ -9,7 +9,8 @@ from hypothesis import given, strategies as st
 from meshkit.errors import Closed, Overloaded
 from meshkit.runtime.mailbox import Mailbox
 from meshkit.runtime.supervisor import Supervisor
-from meshkit.testing import CancellationPoint, run
+from meshkit.testing import CancellationPoint, SimLoop, run, simulated
+from meshkit.testing._sim_faults import Faults
 from tests.runtime.nodes import everywhere
 
 Handler = Callable[[Any], Coroutine[Any, Any, None]]
@@ -398,3 +399,31 @@ def test_whichever_worker_is_cancelled_wherever_it_is_all_items_begin_and_one_wo
         await boxed.end()
 
     run(main)
+
+
+# --- where a simulation lets workers begin late
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_waits_for_a_worker_that_begins_late_is_begun_in_order_or_given_back_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, ends: bool
+) -> None:
+    monkeypatch.setattr(Faults, "ARMED", 1.0)
+    monkeypatch.setattr(Faults, "FIRES", 1.0)
+
+    async def main(sim: SimLoop) -> None:
+        boxed = Boxed(max_concurrent=2)
+        boxed.box.open()
+        for seconds in (3, 2, 1):
+            boxed.box.offer(thing(seconds))
+        await asyncio.sleep(Mailbox.LATE / 2)
+        assert boxed.begun == []
+        if ends:
+            assert boxed.box.close() == [3, 2, 1]
+        else:
+            await boxed.box.quiet()
+            assert boxed.begun == [3, 2, 1]
+            assert sim.fired == {"mailbox: a new worker begins late": 2}
+        await boxed.end()
+
+    simulated(1, main, buggify=True)

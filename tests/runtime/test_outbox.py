@@ -11,7 +11,8 @@ from meshkit.runtime.frame import Prover
 from meshkit.runtime.identity import Identity
 from meshkit.runtime.outbox import PLAIN, Outbox
 from meshkit.runtime.wire import MAX_BUNDLE, Cancel, Goodbye, Reply, Wire, decode, encode
-from meshkit.testing import run
+from meshkit.testing import SimLoop, run, simulated
+from meshkit.testing._sim_faults import Faults
 from tests.runtime.nodes import SLEEP, STORE, TEASE, Store, mesh
 
 ALICE, BOB = (Identity.from_seed(letter * 32) for letter in (b"a", b"b"))
@@ -79,6 +80,27 @@ async def test_what_is_posted_in_one_turn_leaves_in_one_frame_for_each_destinati
     box.post("bob", wire(6))
     await turn()
     assert line.bundles()[3:] == [("bob", [wire(6)])]
+
+
+def test_bundles_that_leave_late_keep_their_order_and_leave_at_once_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Faults, "ARMED", 1.0)
+    monkeypatch.setattr(Faults, "FIRES", 1.0)
+
+    async def main(sim: SimLoop) -> None:
+        line = Line()
+        box = outbox(line)
+        box.post("bob", wire(0))
+        await asyncio.sleep(Outbox.LATE / 2)
+        assert line.sent == []
+        box.post("bob", wire(1))
+        await asyncio.sleep(Outbox.LATE)
+        assert line.bundles() == [("bob", [wire(0), wire(1)])]
+        box.post("bob", wire(2))
+        box.flush()
+        assert line.bundles()[1:] == [("bob", [wire(2)])]
+        assert sim.fired == {"outbox: bundles leave late": 2}  # and no timer is left behind
+
+    simulated(1, main, buggify=True)
 
 
 async def test_a_bundle_is_bounded_in_count() -> None:

@@ -10,9 +10,10 @@ from hypothesis import given, strategies as st
 from meshkit.errors import CallTimeout, PeerLost, Unreachable
 from meshkit.events import Event
 from meshkit.runtime import Peer, PeerGone, PeerUp
-from meshkit.runtime.presence import Presence
+from meshkit.runtime.presence import Heartbeat, Presence
 from meshkit.runtime.wire import Beat, Goodbye, Tell, encode_payload
-from meshkit.testing import run
+from meshkit.testing import SimLoop, run, simulated
+from meshkit.testing._sim_faults import Faults
 from meshkit.transports import MemoryHub
 from tests.runtime.nodes import SLEEP, STORE, TEASE, Node, Stash, Store, mesh, plain
 from tests.runtime.test_messages import balanced, settle
@@ -291,3 +292,30 @@ def test_a_node_that_has_stopped_has_no_timer_left() -> None:
             await asyncio.sleep(3)
 
     run(main)  # which fails if any is
+
+
+# --- where a simulation leaves beats out
+
+
+def test_a_beat_that_is_left_out_is_never_the_greeting_nor_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Faults, "ARMED", 1.0)
+    monkeypatch.setattr(Faults, "FIRES", 1.0)
+
+    async def main(sim: SimLoop) -> None:
+        gone: list[str] = []
+        said: list[tuple[float, bool]] = []
+
+        def say(_: str | None, wire: Beat) -> None:
+            said.append((sim.now, wire.greets))
+            listener.heard("bob", wire)
+
+        listener = Heartbeat(Presence(), None, lambda _to, _wire: None, gone.append, None)
+        speaker = Heartbeat(Presence(), beat(every=1.0), say, gone.append, None)
+        speaker.start()
+        await asyncio.sleep(7)
+        speaker.stop()
+        listener.stop()
+        assert said == [(0.0, True), (2.0, False), (4.0, False), (6.0, False)], "every other one at most"
+        assert gone == []
+
+    simulated(1, main, buggify=True)

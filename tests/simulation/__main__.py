@@ -19,7 +19,7 @@ from tests.simulation.hour import an_hour
 def play(seed: int) -> tuple[int, str]:
     """Play the scenario of the cluster once; return what was wrong."""
     try:
-        simulated(seed, scenario)
+        simulated(seed, scenario, buggify=True)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is shown
         inner = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
         return seed, f"{type(inner).__name__}: {inner}"

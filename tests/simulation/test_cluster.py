@@ -10,7 +10,7 @@ from tests.simulation.cluster import scenario
 from tests.simulation.mutants import MUTANTS, Patch
 
 
-@simulate(seeds=2)  # one that has failed once is added here: [0, 1, 4711]
+@simulate(seeds=2, buggify=True)  # one that has failed once is added here: [0, 1, 4711]
 async def test_a_cluster_survives_a_storm(sim: SimLoop) -> None:
     await scenario(sim)
 
@@ -20,7 +20,7 @@ def test_a_fault_in_meshkit_is_found_within_200_seeds(monkeypatch: pytest.Monkey
     mutant(monkeypatch)
     with pytest.raises((AssertionError, ExceptionGroup)):
         for seed in [4, *range(200)]:  # the fourth finds most of them
-            simulated(seed, scenario)
+            simulated(seed, scenario, buggify=True)
 
 
 # --- the same anywhere
@@ -32,7 +32,7 @@ print(short_trace(7))
 
 
 def short_trace(seed: int) -> str:
-    return simulated(seed, lambda sim: scenario(sim, storm=5.0))
+    return simulated(seed, lambda sim: scenario(sim, storm=5.0), buggify=True)
 
 
 def pythons() -> list[str]:
