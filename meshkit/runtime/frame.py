@@ -56,8 +56,8 @@ _MAX_PEERS = 2_000  # whose derived keys are kept: it takes 300 µs to derive th
 class Opened:
     """What was in a frame: node `sender` said so, at `time` by its clock (seconds since the epoch). That is proved.
 
-    If `stale` is not None, it came too late, and perhaps not for the first time: refuse what it asks. It will never be
-    accepted.
+    If `stale` is not None, it came too late, and perhaps not for the first time: it will never be accepted. What was
+    sent `before_start` of this node may have been accepted by its life before, which it remembers nothing of.
     """
 
     sender: str
@@ -65,6 +65,7 @@ class Opened:
     to_all: bool
     time: float
     stale: Stale | None
+    before_start: bool = False
 
 
 class _Peer(NamedTuple):
@@ -100,6 +101,7 @@ class Prover:
         max_remembered: int = 250_000,
     ) -> None:
         self.identity = identity
+        self._started = round(started * MICRO)
         self._trust: Callable[[str], object] = _predicate(trust)
         self._max_frame = max_frame
         self.max_bundle = max_frame - _OVERHEAD
@@ -189,7 +191,7 @@ class Prover:
         else:
             self.seen.refuse(stamp)
             stale = Stale()
-        return Opened(node_id, bundle, proof == _SIGNED, stamp / MICRO, stale)
+        return Opened(node_id, bundle, proof == _SIGNED, stamp / MICRO, stale, before_start=stamp < self._started)
 
     def _require_room(self, bundle: bytes | bytearray) -> None:
         if len(bundle) > self.max_bundle:

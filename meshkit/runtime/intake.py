@@ -123,12 +123,15 @@ class Intake:
         self._journal.drop("", "frame", reason_of(error), "", sender, f"{error}{why}{says}")
 
     def _refuse_late(self, opened: Opened, wires: Sequence[Wire]) -> None:
-        """Refuse what came too late, unless it is asked again what this node knows already."""
+        """Refuse what came too late, unless it is asked again what this node knows already.
+
+        What was asked of a life of this node before is not refused: it may have run there.
+        """
         self._refuse(opened.sender, Stale())
         for wire in wires:
             if isinstance(wire, Ask) and not opened.to_all and not self._dispatcher.knows(opened.sender, wire.id):
-                reason = "it was sent too long ago, or before this node started"
-                self._answer(opened.sender, Failure(wire.id, "not_accepted", reason))
+                late = Failure(wire.id, "not_accepted", "it was sent too long ago")
+                self._answer(opened.sender, Failure(wire.id, "cut") if opened.before_start else late)
 
     def take(self, sender: str, wire: Wire) -> None:
         """Take what a node has sent, and is known to have sent."""
