@@ -9,20 +9,17 @@ import asyncio
 import importlib
 import importlib.util
 import statistics
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from tests.bench.bench_nats import bare_request
-from tests.bench.bench_tcp import bare_call, everybody, sealed_call
+from tests.bench.bench_tcp import bare_call, tcp
 from tests.bench.harness import Fact, Measure
+from tests.bench.mesh import NewLoop, Work, everybody, microseconds, sealed_call, seconds
 from tests.transports.nats_servers import any_url, binary
 
 IN_FLIGHT = 100
 SIZE = 128
-
-Work = Callable[[int], Awaitable[None]]
-NewLoop = Callable[[], asyncio.AbstractEventLoop] | None
 
 
 async def zmq_call(n: int) -> None:
@@ -99,21 +96,6 @@ PEERS: dict[str, tuple[str, Work]] = {
 }
 
 
-def seconds(work: Work, n: int, new_loop: NewLoop = None) -> float:
-    """Return the wall seconds of `n` calls: those of 2 n, less those of n, so that to begin and to end do not count."""
-    return max(1e-9, _seconds(work, 2 * n, new_loop) - _seconds(work, n, new_loop))
-
-
-def _seconds(work: Work, n: int, new_loop: NewLoop) -> float:
-    async def timed() -> float:
-        start = time.perf_counter()
-        await work(n)
-        return time.perf_counter() - start
-
-    with asyncio.Runner(loop_factory=new_loop) as runner:
-        return runner.run(timed())
-
-
 def ratio(ours: Work, theirs: Work, new_loop: NewLoop = None) -> Callable[[int], float]:
     """Return a measure of how much longer ours takes, in pairs, one after the other."""
 
@@ -123,28 +105,23 @@ def ratio(ours: Work, theirs: Work, new_loop: NewLoop = None) -> Callable[[int],
     return measure
 
 
-def each(work: Work, new_loop: NewLoop = None) -> Callable[[int], float]:
-    """Return a measure of the microseconds of each call."""
-    return lambda n: seconds(work, n, new_loop) / n * 1e6
-
-
 def measures() -> list[Measure]:
     """Return the comparisons."""
-    ours = sealed_call(IN_FLIGHT, SIZE)
-    found: list[Measure] = [Fact("sealed call", each(ours), 5_000, "us")]
+    ours = sealed_call(tcp, IN_FLIGHT, SIZE)
+    found: list[Measure] = [Fact("sealed call", microseconds(ours), 5_000, "us")]
     if binary() is not None:
         any_url()  # the server is started here, and not where time is taken
     for name, (module, theirs) in PEERS.items():
         if importlib.util.find_spec(module) and not (module == "nats" and binary() is None):
             found += [
-                Fact(name, each(theirs), 5_000, "us"),
+                Fact(name, microseconds(theirs), 5_000, "us"),
                 Fact(f"sealed call / {name}", ratio(ours, theirs), 5_000, "x", goal=1.0, rounds=3),
             ]
     if importlib.util.find_spec("uvloop"):
         uv: NewLoop = importlib.import_module("uvloop").new_event_loop
         bare = bare_call(IN_FLIGHT, SIZE)
         found += [
-            Fact("sealed call, on uvloop", each(ours, uv), 5_000, "us"),
+            Fact("sealed call, on uvloop", microseconds(ours, uv), 5_000, "us"),
             Fact("sealed call / bare echo, both on uvloop", ratio(ours, bare, uv), 5_000, "x", rounds=3),
             Fact("sealed call / bare echo, wall time", ratio(ours, bare), 5_000, "x", rounds=3),
         ]

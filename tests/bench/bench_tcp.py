@@ -8,47 +8,14 @@ type, a mailbox and a task, and it is answered once.
 
 import asyncio
 import struct
-import time
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
-import msgspec
-
-from meshkit.logger import Logger
-from meshkit.runtime import Identity, Message, Runtime, Service, broadcast, handles, request
 from meshkit.runtime.frame import Prover
+from meshkit.runtime.transport import Transport
 from meshkit.transports import TcpTransport
 from tests.bench.harness import Compare, Fact, Measure
-
-
-class Blob(msgspec.Struct, frozen=True):
-    data: bytes
-
-
-ECHO = request("bench:echo", Blob, reply=Blob)
-NEWS = broadcast("bench:news", Blob)
-
-
-class Echo(Service):
-    name = "bench"
-    max_mailbox = 20_000
-    max_concurrent = 20_000
-
-    def __init__(self) -> None:
-        self.left = 0
-        self.done = asyncio.Event()
-
-    @handles(ECHO)
-    async def echo(self, msg: Message[Blob]) -> Blob:
-        return msg.payload
-
-    @handles(NEWS)
-    async def news(self, msg: Message[Blob]) -> None:
-        self.left -= 1
-        if self.left <= 0:
-            self.done.set()
-
+from tests.bench.mesh import IDENTITIES, TRUST, Work, deliveries, everybody, forming, microseconds, sealed_call
 
 # --- the bare echo
 
@@ -102,18 +69,7 @@ class BareServer(Bare):
         self.send(number, body)
 
 
-async def everybody(call: Callable[[], Awaitable[object]], n: int, callers: int) -> None:
-    async def caller(count: int) -> None:
-        for _ in range(count):
-            await call()
-
-    callers = min(n, callers)
-    async with asyncio.TaskGroup() as group:
-        for _ in range(callers):
-            group.create_task(caller(n // callers))
-
-
-def bare_call(callers: int, size: int = 128) -> Callable[[int], Awaitable[None]]:
+def bare_call(callers: int, size: int = 128) -> Work:
     async def work(n: int) -> None:
         loop, body = asyncio.get_running_loop(), bytes(size)
         server = await loop.create_server(BareServer, "127.0.0.1", 0)
@@ -127,39 +83,10 @@ def bare_call(callers: int, size: int = 128) -> Callable[[int], Awaitable[None]]
 
 # --- the mesh
 
-IDENTITIES = [Identity.from_seed(number.to_bytes(32)) for number in range(1, 51)]
-TRUST = [identity.node_id for identity in IDENTITIES]
 
-
-async def joined(stack: AsyncExitStack, count: int) -> list[Runtime]:
-    """Start `count` nodes, and return them when all know all."""
-    transports: list[TcpTransport] = []
-    runtimes: list[Runtime] = []
-    for number in range(count):
-        join = [str(transports[0].address)] if transports else []
-        transports.append(TcpTransport("127.0.0.1:0", join=join))
-        runtime = Runtime(
-            f"node{number}",
-            [Echo()],
-            transport=transports[-1],
-            identity=IDENTITIES[number],
-            trust=TRUST,
-            logger=Logger(disabled=["bench", "runtime"]),
-        )
-        runtimes.append(await stack.enter_async_context(runtime))
-    while any(sum(bool(peer.kinds) for peer in runtime.peers.values()) < count - 1 for runtime in runtimes):
-        await asyncio.sleep(0.001)
-    return runtimes
-
-
-def sealed_call(callers: int, size: int = 128) -> Callable[[int], Awaitable[None]]:
-    async def work(n: int) -> None:
-        async with AsyncExitStack() as stack:
-            alice, bob = await joined(stack, 2)
-            blob = Blob(bytes(size))
-            await everybody(lambda: alice.call(ECHO, blob, bob.node, timeout=60), n, callers)
-
-    return work
+def tcp(first: Transport | None) -> TcpTransport:
+    """Return the transport of a node, which is told the address of the first one."""
+    return TcpTransport("127.0.0.1:0", join=[str(cast("TcpTransport", first).address)] if first else [])
 
 
 # --- the transport alone
@@ -208,76 +135,20 @@ async def frames(n: int) -> None:
     await bob.transport.close()
 
 
-# --- as things grow: seconds on the clock, since that is what somebody waits for
-
-
-def microseconds(work: Callable[[int], Awaitable[None]]) -> Callable[[int], float]:
-    """Return the time of one call: that of n, less that of setting up."""
-
-    def measure(n: int) -> float:
-        return max(0.0, _seconds(work, 2 * n) - _seconds(work, n)) / n * 1e6
-
-    return measure
-
-
-def _seconds(work: Callable[[int], Awaitable[None]], n: int) -> float:
-    start = time.perf_counter()
-    asyncio.run(cast("Any", work(n)))
-    return time.perf_counter() - start
-
-
-def deliveries(nodes: int) -> Callable[[int], float]:
-    """Return the microseconds of one delivery of a broadcast, of which 100 go out in each turn of the loop."""
-
-    def measure(n: int) -> float:
-        return asyncio.run(_deliveries(nodes, n))
-
-    return measure
-
-
-async def _deliveries(nodes: int, n: int) -> float:
-    async with AsyncExitStack() as stack:
-        sender, *others = await joined(stack, nodes + 1)
-        services = [cast("Echo", other.services[0]) for other in others]
-        for service in services:
-            service.left = n
-        blob = Blob(bytes(128))
-        start = time.perf_counter()
-        for number in range(n):
-            await sender.emit(NEWS, blob)
-            if number % 100 == 99:
-                await asyncio.sleep(0)
-        for service in services:
-            await service.done.wait()
-        return (time.perf_counter() - start) / (n * nodes) * 1e6
-
-
-def forming(n: int) -> float:
-    """Return the milliseconds until n nodes, given one address, all know all."""
-
-    async def main() -> float:
-        async with AsyncExitStack() as stack:
-            start = time.perf_counter()
-            await joined(stack, max(2, n))
-            return (time.perf_counter() - start) * 1000
-
-    return asyncio.run(main())
-
-
 def measures() -> list[Measure]:
     """Return the comparisons."""
     return [
         Compare("frames of the transport alone, 1 in flight / bare echo", bare_call(1), frames, 3_000, goal=1.35),
-        Compare("sealed call, 1 in flight / bare echo", bare_call(1), sealed_call(1), 3_000, goal=1.35),
-        Compare("sealed call, 100 in flight / bare echo", bare_call(100), sealed_call(100), 20_000, goal=4),
-        Fact("broadcast to ten nodes, each delivery", deliveries(10), 2_000, "µs", goal=1e6 / 150_000, rounds=3),
+        Compare("sealed call, 1 in flight / bare echo", bare_call(1), sealed_call(tcp, 1), 3_000, goal=1.35),
+        Compare("sealed call, 100 in flight / bare echo", bare_call(100), sealed_call(tcp, 100), 20_000, goal=4),
+        Fact("broadcast to ten nodes, each delivery", deliveries(tcp, 10), 2_000, "µs", goal=1e6 / 150_000, rounds=3),
         *(
-            Fact(f"call, {callers:,} in flight", microseconds(sealed_call(callers)), 10_000, "µs", rounds=3)
+            Fact(f"call, {callers:,} in flight", microseconds(sealed_call(tcp, callers)), 10_000, "µs", rounds=3)
             for callers in (10, 1_000, 10_000)
         ),
         *(
-            Fact(f"call, {size:,} B there and back", microseconds(sealed_call(10, size)), 500, "µs", rounds=3)
+            Fact(f"call, {size:,} B there and back", microseconds(sealed_call(tcp, 10, size)), 500, "µs", rounds=3)
             for size in (16, 1_024, 65_536, 1_000_000)
         ),
-        *(Fact(f"{nodes} nodes find each other", forming, nodes, "ms", rounds=3) for nodes in (2, 10, 50)),
+        *(Fact(f"{nodes} nodes find each other", forming(tcp), nodes, "ms", rounds=3) for nodes in (2, 10, 50)),
     ]
