@@ -16,8 +16,9 @@ from nats.errors import NoRespondersError
 from meshkit.errors import Closed, Overloaded, Unreachable
 from meshkit.transports import NatsLimits, NatsTransport
 from meshkit.transports._nats.connector import Connector
-from tests.transports.nats_nodes import PATIENCE, QUICK, SLOW, Node, all_meet, running, stranger
+from tests.transports.nats_nodes import QUICK, SLOW, Node, running, stranger
 from tests.transports.nats_servers import NatsServer, any_url, needs_a_server, until
+from tests.transports.nodes import PATIENCE, all_meet
 
 pytestmark = [pytest.mark.real_time, needs_a_server]
 
@@ -143,7 +144,7 @@ async def test_with_a_wrong_ca_the_start_fails_at_once_and_with_the_right_one_th
             frame = bytes(1024 * 1024)
             alice.transport.send(bob.id, frame)
             await bob.hears(1)
-            assert bob.heard == [frame]
+            assert bob.frames == [frame]
             server.kill()
             await alice.loses(bob)
             server.start()
@@ -259,7 +260,7 @@ async def test_nodes_on_another_subject_or_that_are_not_trusted_do_not_meet(capl
             alice.transport.send(dave.id, b"let me in")
         bob.transport.send(dave.id, b"hello")
         await dave.hears(1)
-        assert dave.heard == [b"hello"]
+        assert dave.frames == [b"hello"]
         await carol.transport.close()
         await dave.transport.close()
 
@@ -275,8 +276,8 @@ async def test_a_node_that_is_killed_is_lost_though_it_says_no_goodbye_and_is_fo
         await bob.transport.close()
         await bob.start()
         await all_meet(alice, bob, carol)
-        assert alice.told("lost", bob) == 1
-        assert alice.told("found", bob) == 2
+        assert alice.gone.count(bob.id) == 1
+        assert alice.met.count(bob.id) == 2
 
 
 async def test_who_sends_to_a_node_that_was_killed_is_told_by_the_server() -> None:
@@ -294,7 +295,7 @@ async def test_who_sends_to_a_node_that_was_killed_is_told_by_the_server() -> No
         await until(in_doubt)
         mesh._tick()
         mesh._tick()
-        assert alice.told("lost", bob)
+        assert alice.gone.count(bob.id)
 
 
 async def test_a_node_that_is_frozen_is_lost_and_found_when_it_goes_on() -> None:
@@ -317,7 +318,7 @@ async def test_a_node_that_restarts_before_it_was_missed_is_lost_and_found() -> 
         bob.die()
         await bob.transport.close()
         await bob.start()
-        await alice.until(lambda: alice.told("found", bob) == 2)
+        await alice.until(lambda: alice.met.count(bob.id) == 2)
         assert [what for what, _, _ in alice.story] == ["found", "lost", "found"]
         await bob.meets(alice)
 
@@ -343,7 +344,7 @@ async def test_what_does_not_fit_into_the_buffer_is_overloaded_and_of_a_broadcas
                 alice.transport.send(bob.id, bytes(10_000))
         alice.transport.broadcast(bytes(10_000))
         server.thaw()
-        await bob.until(lambda: alice.transport.server and bob.heard)
+        await bob.until(lambda: alice.transport.server and bob.frames)
 
 
 async def test_no_more_nodes_are_peers_than_may_be(caplog: pytest.LogCaptureFixture) -> None:

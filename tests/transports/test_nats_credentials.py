@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.transports.nats_nodes import Node, all_meet, running
+from tests.transports.nats_nodes import Node, running
 from tests.transports.nats_servers import NatsServer, needs_a_server
+from tests.transports.nodes import all_meet
 
 nkeys = pytest.importorskip("nkeys", reason="nkeys, which credentials need, is not installed")
 pytestmark = [pytest.mark.real_time, needs_a_server]

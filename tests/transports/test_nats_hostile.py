@@ -7,9 +7,9 @@ import pytest
 
 from meshkit.runtime.identity import Identity
 from meshkit.transports._nats.announcement import Announcement, Says
-from tests.transports.nats_nodes import SLOW, Node, Stranger, all_meet, running, stranger
+from tests.transports.nats_nodes import SLOW, Node, Stranger, running, stranger
 from tests.transports.nats_servers import NatsServer, any_url, needs_a_server, until
-from tests.transports.tcp_nodes import identity
+from tests.transports.nodes import all_meet, identity
 
 pytestmark = [pytest.mark.real_time, needs_a_server]
 
@@ -104,8 +104,8 @@ async def test_a_stranger_that_says_that_nobody_is_there_makes_a_node_ask_and_no
             await until(lambda: mesh.company.peers[bob.id].missing == 0)
             mesh._tick()
             mesh._tick()
-        assert not alice.told("lost", bob)
-        assert alice.heard == [b"mark"] * 3
+        assert not alice.gone.count(bob.id)
+        assert alice.frames == [b"mark"] * 3
 
 
 async def test_what_a_node_said_in_its_last_life_does_not_look_like_another_one_with_its_key(
@@ -145,7 +145,7 @@ async def test_frames_of_who_is_no_peer_are_not_handed_over() -> None:
             await mallory.says(f"frames.{alice.id}.{sender}", b"let me in")
             await mallory.says(f"frames.all.{sender}", b"let me in")
         await is_heard(mallory, bob, alice)
-        assert alice.heard == [b"mark"]
+        assert alice.frames == [b"mark"]
 
 
 async def test_a_flood_of_announcements_is_answered_with_few_and_remembered_within_bounds(
@@ -200,7 +200,7 @@ async def test_a_node_can_be_held_to_its_name_by_the_server() -> None:
             await mallory.says(f"meshkit.{bob}.{alice}", b"as if from alice")
             nodes[0].transport.send(bob, b"from alice")
             await nodes[1].hears(1)
-            assert nodes[1].heard == [b"from alice"]
+            assert nodes[1].frames == [b"from alice"]
 
 
 async def test_garbage_from_the_server_ends_the_connection_and_the_node_goes_on() -> None:
@@ -229,7 +229,7 @@ async def test_garbage_from_the_server_ends_the_connection_and_the_node_goes_on(
                     2,
                 ):
                     connections[-1].write(garbage)
-                    await alice.until(lambda number=number: alice.told("found", bob) == number)  # type: ignore[misc]
+                    await alice.until(lambda number=number: alice.met.count(bob.id) == number)  # type: ignore[misc]
                 await all_meet(alice, bob)
                 alice.transport.send(bob.id, b"still here")
                 await bob.hears(1)

@@ -18,9 +18,9 @@ from meshkit.transports import NatsLimits, NatsTransport
 from meshkit.transports._nats.connector import Connector
 from meshkit.transports._nats.servers import Server
 from tests.runtime.nodes import SLEEP, STORE, Stash, Store, StoreAck
-from tests.transports.nats_nodes import PATIENCE, QUICK, SLOW, Node, all_meet, running, stranger
+from tests.transports.nats_nodes import QUICK, SLOW, Node, running, stranger
 from tests.transports.nats_servers import NatsServer, any_url, cluster, needs_a_server, until
-from tests.transports.tcp_nodes import identity
+from tests.transports.nodes import PATIENCE, all_meet, identity
 
 pytestmark = [pytest.mark.real_time, needs_a_server]
 NAMES = ["alice", "bob", "carol"]
@@ -37,8 +37,6 @@ async def test_when_the_server_is_killed_all_are_lost_at_once_and_found_when_it_
     with NatsServer() as server:
         alice, bob, carol = (Node(name, server.url, limits=SLOW) for name in NAMES)
         async with running(alice, bob, carol):
-            for node in (alice, bob, carol):
-                node.story.clear()
             caplog.clear()
             server.kill()
             await alice.loses(bob)
@@ -55,8 +53,8 @@ async def test_when_the_server_is_killed_all_are_lost_at_once_and_found_when_it_
             await all_meet(alice, bob, carol)
             alice.transport.send(bob.id, b"afterwards")
             await bob.hears(1)
-            assert bob.heard == [b"afterwards"]
-            assert bob.told("lost", alice) == bob.told("found", alice) == 1
+            assert bob.frames == [b"afterwards"]
+            assert (bob.gone.count(alice.id), bob.met.count(alice.id)) == (1, 2)
             lines = [line for line in caplog.messages if "meshkit" in line or "NATS" in line]
             assert len(lines) == len(caplog.messages) == 6, "two for each node: that it is lost, and that it is there"
             assert sum("is lost" in line and "tries to connect again" in line for line in lines) == 3
@@ -90,11 +88,11 @@ async def test_a_frozen_server_with_megabytes_unsent_is_left_for_one_that_works(
             while mesh.link.unsent < 2 * 1024 * 1024:  # the system takes some megabytes, how many differs
                 alice.transport.send(bob.id, bytes(1024 * 1024))
             await alice.loses(bob)
-            await alice.until(lambda: alice.told("found", bob) == 2)
+            await alice.until(lambda: alice.met.count(bob.id) == 2)
             assert alice.transport.server == f"127.0.0.1:{other.port}"
             await bob.meets(alice)
             alice.transport.send(bob.id, b"over the other one")
-            await bob.until(lambda: b"over the other one" in bob.heard)
+            await bob.until(lambda: b"over the other one" in bob.frames)
             one.thaw()
 
 
@@ -129,8 +127,8 @@ async def test_a_loop_that_stood_still_loses_nobody() -> None:
         ticks = mesh._ticks
         time.sleep(3 * QUICK.heartbeat)  # noqa: ASYNC251 - that is the point
         await until(lambda: mesh._ticks > ticks + 4)
-        assert not alice.told("lost", bob)
-        assert not bob.told("lost", alice)
+        assert not alice.gone.count(bob.id)
+        assert not bob.gone.count(alice.id)
 
 
 async def test_a_server_that_says_nothing_of_use_is_not_dialled_in_a_hurry_nor_logged_each_time(
@@ -150,6 +148,13 @@ async def test_a_server_that_says_nothing_of_use_is_not_dialled_in_a_hurry_nor_l
             assert [line.split(" ")[0] for line in caplog.messages] == ["the", "connected"]
 
 
+async def refused_once_more(node: Node) -> None:
+    mesh = node.transport._mesh
+    assert mesh is not None
+    failures = mesh._connector._failures
+    await until(lambda: mesh._connector._failures > failures)
+
+
 async def test_credentials_that_do_not_hold_any_more_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
     with NatsServer("authorization { token: old }") as server:
         async with running(alice := Node("alice", server.url.replace("//", "//old@"))):
@@ -157,10 +162,7 @@ async def test_credentials_that_do_not_hold_any_more_are_said_once(caplog: pytes
             server._config = "authorization { token: new }"
             server.start()
             await until(lambda: "does not accept" in caplog.text)
-            mesh = alice.transport._mesh
-            assert mesh is not None
-            failures = mesh._connector._failures
-            await until(lambda: mesh._connector._failures > failures)
+            await refused_once_more(alice)
             assert len(caplog.messages) == 2
             assert "does not accept" in caplog.messages[1]
 
@@ -174,10 +176,7 @@ async def test_a_server_that_comes_back_unfit_is_said_once_and_used_when_it_is_m
             server._config = "max_payload: 65536"
             server.start()
             await until(lambda: "messages of at most 65536 bytes" in caplog.text)
-            mesh = alice.transport._mesh
-            assert mesh is not None
-            failures = mesh._connector._failures
-            await until(lambda: mesh._connector._failures > failures)
+            await refused_once_more(alice)
             assert len(caplog.messages) == 2
             server.kill()
             server._config = ""
@@ -213,10 +212,10 @@ async def test_a_node_that_reads_too_slowly_is_cut_off_by_the_server_and_comes_b
                         alice.transport.send(bob.id, bytes(500_000))
                     await asyncio.sleep(0)
             writer.transport.resume_reading()  # type: ignore[attr-defined]
-            await bob.until(lambda: bob.told("found", alice) == 2)
+            await bob.until(lambda: bob.met.count(alice.id) == 2)
             await all_meet(alice, bob)
             alice.transport.send(bob.id, b"afterwards")
-            await bob.until(lambda: bob.heard[-1:] == [b"afterwards"])
+            await bob.until(lambda: bob.frames[-1:] == [b"afterwards"])
 
 
 async def test_the_other_servers_of_a_cluster_are_found_with_the_same_credentials() -> None:

@@ -12,7 +12,8 @@ import pytest
 from meshkit.errors import Closed, Overloaded, Unreachable
 from meshkit.testing import CancellationPoint, cancellation_points
 from meshkit.transports import TcpLimits, TcpTransport
-from tests.transports.tcp_nodes import PATIENCE, QUICK, Node, identity, mesh, running
+from tests.transports.nodes import PATIENCE, identity, running
+from tests.transports.tcp_nodes import QUICK, Node, mesh
 
 pytestmark = pytest.mark.real_time
 LOG = "meshkit.transports.tcp"
@@ -203,7 +204,7 @@ async def test_what_waits_for_a_slow_peer_arrives_completely_and_in_order() -> N
             alice.transport.send(bob.id, frame)
         slow.resume_reading()
         await bob.until(lambda: len(bob.heard) == len(frames))
-        assert [frame for _, frame in bob.heard] == frames
+        assert bob.frames == frames
 
 
 # --- who finds whom
@@ -213,7 +214,7 @@ async def test_one_join_address_is_enough_to_find_everyone() -> None:
     async with mesh(*(f"node {number}" for number in range(7))) as nodes:
         for node in nodes:
             assert len(node.transport.peers) == 6
-            assert sorted(node.found_) == sorted(other.id for other in nodes if other is not node)
+            assert sorted(node.met) == sorted(other.id for other in nodes if other is not node)
 
 
 async def test_they_find_each_other_however_small_a_frame_may_be() -> None:
@@ -318,9 +319,9 @@ async def test_nodes_that_dial_each_other_at_the_same_time_share_one_connection_
         await alice.until(lambda: len(alice.heard) >= 500)
         await bob.until(lambda: len(bob.heard) >= 500)
         for node in (alice, bob):
-            assert [frame for _, frame in node.heard] == [n.to_bytes(2) for n in range(1, len(node.heard) + 1)]
+            assert node.frames == [n.to_bytes(2) for n in range(1, len(node.heard) + 1)]
             assert node.gone == []
-            assert len(node.found_) == 1
+            assert len(node.met) == 1
 
 
 async def test_a_node_does_not_join_itself(caplog: pytest.LogCaptureFixture) -> None:
@@ -399,7 +400,7 @@ async def test_who_is_one_too_many_is_told_before_it_believes_to_be_connected(
         await alice.meets(first)
         async with running(second := Node(other, None, join=[alice.address])):
             await told(caplog, "it has as many peers as it may have")
-            assert second.found_ == second.gone == []
+            assert second.met == second.gone == []
 
 
 async def test_a_node_that_is_full_does_not_let_others_believe_that_it_has_joined_them() -> None:
@@ -416,7 +417,7 @@ async def test_a_node_that_is_full_does_not_let_others_believe_that_it_has_joine
             with anyio.fail_after(PATIENCE):
                 while second.transport._mesh._sockets._all:  # type: ignore[union-attr]
                     await asyncio.sleep(0)
-            assert second.found_ == []
+            assert second.met == []
 
 
 # --- loss
@@ -449,7 +450,7 @@ async def test_a_reset_is_noticed_at_once_and_told_in_two_lines(caplog: pytest.L
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         bob.transport._mesh.links[alice.id].drop("test")  # type: ignore[union-attr]
         await alice.until(lambda: alice.gone)
-        await alice.until(lambda: len(alice.found_) == 2)
+        await alice.until(lambda: len(alice.met) == 2)
         assert alice.gone == [bob.id]
     [lost, back] = [record.getMessage() for record in caplog.records if alice.id not in record.getMessage()][:2]
     assert lost.startswith(f"node {bob.id} is lost: the connection broke: ")
@@ -464,7 +465,7 @@ async def test_a_peer_that_has_lost_its_end_gets_a_new_connection_soon() -> None
         half.data_received = lambda data: None  # type: ignore[method-assign]
         half.look = lambda now: None  # type: ignore[method-assign]
         half.gone.set()
-        await arbiter.until(lambda: len(arbiter.found_) == 2)
+        await arbiter.until(lambda: len(arbiter.met) == 2)
         await other.meets(arbiter)
         assert arbiter.gone == [other.id]
 
@@ -522,7 +523,7 @@ async def test_what_was_sent_before_the_end_arrives() -> None:
             alice.transport.send(bob.id, frame)
         await alice.transport.close()
         await bob.until(lambda: bob.gone)
-        assert [frame for _, frame in bob.heard] == frames
+        assert bob.frames == frames
 
 
 async def test_a_peer_that_does_not_read_cannot_hold_up_the_end() -> None:

@@ -12,7 +12,8 @@ import pytest
 from meshkit.transports import TcpLimits
 from meshkit.transports._tcp.handshake import Handshake
 from meshkit.transports._tcp.wire import MAX_CONTROL, Kind, Refusal, Unrecorder, addresses, record
-from tests.transports.tcp_nodes import PATIENCE, QUICK, Node, Stranger, identity, mesh, running
+from tests.transports.nodes import PATIENCE, identity, running
+from tests.transports.tcp_nodes import QUICK, Node, Stranger, mesh
 
 pytestmark = pytest.mark.real_time
 
@@ -154,7 +155,7 @@ async def test_a_peer_that_breaks_the_rules_is_lost(said: bytes) -> None:
     node = Node(arbiter, limits=TcpLimits(max_frame=100_000))
     async with running(node):
         stranger, _, _ = await opened(node, other)
-        await node.until(lambda: node.found_)
+        await node.until(lambda: node.met)
         stranger.send(record(Kind.FRAME, b"before") + said + record(Kind.FRAME, b"after"))
         await node.until(lambda: node.gone)
         assert node.heard == [(identity(other).node_id, b"before")]
@@ -166,7 +167,7 @@ async def test_many_addresses_of_a_peer_do_not_take_more_than_their_room() -> No
     node = Node(arbiter, limits=TcpLimits(max_peers=10))
     async with running(node):
         stranger, _, _ = await opened(node, other)
-        await node.until(lambda: node.found_)
+        await node.until(lambda: node.met)
         tasks = len(asyncio.all_tasks())
         for start in range(0, 1000, 100):
             known = [(identity(f"{start + n}").node_id, f"127.0.0.1:{n + 1}") for n in range(100)]

@@ -10,7 +10,7 @@ from meshkit.transports._tcp.dial import Dialler
 from meshkit.transports._tcp.handshake import Handshake
 from meshkit.transports._tcp.link import Link
 from meshkit.transports._tcp.wire import Address, Kind, record
-from tests.transports.tcp_nodes import identity
+from tests.transports.nodes import identity
 
 LIMITS = TcpLimits()
 

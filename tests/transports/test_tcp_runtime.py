@@ -18,7 +18,8 @@ from meshkit.logger import Logger
 from meshkit.runtime import PeerGone, PeerUp, Runtime
 from meshkit.transports import TcpLimits, TcpTransport
 from tests.runtime.nodes import SLEEP, STORE, TEASE, Stash, Store, StoreAck
-from tests.transports.tcp_nodes import PATIENCE, Node, Stranger, identity, mesh, running
+from tests.transports.nodes import PATIENCE, identity, running
+from tests.transports.tcp_nodes import Node, Stranger, mesh
 
 pytestmark = pytest.mark.real_time
 NAMES = ["alice", "bob", "carol", "dave", "erin"]
