@@ -1,6 +1,11 @@
 """Argument checks: what a constructor is given is checked once, and the error names the argument and the value."""
 
+import dataclasses
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 def duration(name: str, value: float, *, zero: bool = False) -> float:
@@ -31,3 +36,9 @@ def ratio(name: str, value: float) -> float:
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be more than 0 and at most 1, not {value!r}")
     return float(value)
+
+
+def limits(these: "DataclassInstance") -> None:
+    """Check the fields of a dataclass: those called `max_...` are counts, the others durations."""
+    for field in dataclasses.fields(these):
+        (count if field.name.startswith("max_") else duration)(field.name, getattr(these, field.name))

@@ -1,6 +1,6 @@
 """The limits of a `NatsTransport`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from meshkit import _check
 
@@ -25,5 +25,4 @@ class NatsLimits:
     """What `close` takes to send what is buffered."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            (_check.count if field.name.startswith("max_") else _check.duration)(field.name, getattr(self, field.name))
+        _check.limits(self)

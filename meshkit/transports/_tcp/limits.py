@@ -1,6 +1,6 @@
 """The limits of a `TcpTransport`."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from meshkit import _check
 
@@ -33,5 +33,4 @@ class TcpLimits:
     """What `close` takes to send what is buffered."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            (_check.count if field.name.startswith("max_") else _check.duration)(field.name, getattr(self, field.name))
+        _check.limits(self)
