@@ -229,6 +229,8 @@ class Mailbox(Generic[T]):
                         self._backlog.done(item)
                     if self._quiet is not None:
                         self._notice_quiet()
+                if me.cancelling() and not scope.cancel_called:
+                    return  # the handler has cancelled its own task: that is not to befall the next item
                 taken += 1
                 if taken % self.FAIRNESS == 0:
                     await asyncio.sleep(0)

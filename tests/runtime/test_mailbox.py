@@ -291,6 +291,24 @@ async def test_when_a_worker_is_cancelled_from_inside_the_others_go_on_with_what
     await boxed.end()
 
 
+async def test_a_handler_that_cancels_its_own_task_as_it_ends_does_not_harm_the_next_item() -> None:
+    async def cancel_own_task(item: Any) -> None:
+        if item == "bad":
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+        else:
+            await asyncio.sleep(0)
+
+    boxed = Boxed(max_concurrent=1, handler=cancel_own_task)
+    boxed.box.open()
+    for item in ("bad", "good", "bad", "good"):
+        boxed.box.offer(thing(item))
+    await boxed.box.quiet()
+    assert boxed.begun == boxed.ended == ["bad", "good", "bad", "good"]
+    await boxed.end()
+
+
 @given(
     st.integers(1, 4),
     st.integers(1, 4),

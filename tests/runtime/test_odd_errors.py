@@ -93,6 +93,11 @@ class Odd(Service):
 
     @handles(PLAIN)
     async def plain(self, msg: Message[str]) -> str:
+        task = asyncio.current_task()
+        if msg.payload == "cancel" and task is not None:
+            task.cancel()
+        elif msg.payload == "fine":
+            await asyncio.sleep(0)
         return msg.payload
 
     @handles(STAGE)
@@ -137,6 +142,13 @@ async def test_whatever_a_handler_raises_its_caller_is_told_and_the_next_one_is_
         assert await mesh.alice.call(PLAIN, "fine", to="bob", timeout=5) == "fine"
         assert (mesh.bob.stats().failed, mesh.balances()) == (3, True)
         assert "odd.handle" in mesh.bob.logged
+
+
+async def test_a_handler_that_cancels_its_own_task_as_it_ends_has_replied_and_the_next_one_is_served() -> None:
+    async with Mesh(proved=False) as mesh:
+        calls = [mesh.alice.call(PLAIN, what, to="bob", timeout=5) for what in ("cancel", "fine") * 3]
+        assert await asyncio.gather(*calls) == ["cancel", "fine"] * 3
+        assert (mesh.bob.stats().handled, mesh.balances()) == (6, True)
 
 
 @pytest.mark.parametrize("what", HANDLERS_RAISE)
