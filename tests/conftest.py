@@ -1,6 +1,7 @@
 """What every test of the project runs on: virtual time (but for those marked `real_time`), nothing left behind."""
 
 import asyncio
+import gc
 import inspect
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -14,6 +15,12 @@ settings.register_profile(
 )
 settings.register_profile("deep", deadline=None, max_examples=2000, suppress_health_check=SLOW)
 settings.load_profile("ci")
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over the tests themselves: many of them ask it to look for what they left."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
