@@ -21,7 +21,8 @@ class Declared(Generic[T]):
     def __init__(self, what: str, declared: type[T]) -> None:
         given: object = declared  # callers without a type checker give anything
         if not (isinstance(given, type) or typing.get_origin(given) is not None or given is Any):
-            raise TypeError(f"{what} must be a type, not {declared!r}")
+            hint = "; where there is none, give type(None)" if given is None else ""
+            raise TypeError(f"{what} must be a type, not {declared!r}{hint}")
         self._declared = declared
         self._what = what
         self._class = _checkable(declared)
