@@ -7,6 +7,8 @@ items wait, which therefore runs only when the first one waits for something. An
 Rules, besides those of `Backlog`, which say whose turn it is:
 - What rests occupies no worker.
 - An item is taken and begun in one step: a worker that is cancelled loses nothing that waits.
+- What an item's handler does to its own task befalls no other item: a worker that was cancelled from inside, or whose
+  context variables are not what they were, ends, and a new one goes on.
 - Whoever waits for room gets a place in order of arrival, and nobody overtakes; a cancelled waiter gives its place to
   the next.
 """
@@ -198,14 +200,14 @@ class Mailbox(Generic[T]):
         if buggify("mailbox: a new worker begins late"):
             await asyncio.sleep(self.LATE)
         _inside.set(self)
-        me = cast("asyncio.Task[None]", asyncio.current_task())
+        me, context = cast("asyncio.Task[None]", asyncio.current_task()), contextvars.copy_context()
         while True:
             with anyio.CancelScope() as scope:
-                await self._take(scope, me)
-            if not scope.cancel_called:
+                await self._take(scope, me, context)
+            if not scope.cancel_called or not _unchanged(context):
                 return
 
-    async def _take(self, scope: anyio.CancelScope, me: "asyncio.Task[None]") -> None:
+    async def _take(self, scope: anyio.CancelScope, me: "asyncio.Task[None]", context: contextvars.Context) -> None:
         """Take items until another worker is idle, since one is enough; or until `scope` was cancelled with an item."""
         while True:
             taken = 0
@@ -229,8 +231,8 @@ class Mailbox(Generic[T]):
                         self._backlog.done(item)
                     if self._quiet is not None:
                         self._notice_quiet()
-                if me.cancelling() and not scope.cancel_called:
-                    return  # the handler has cancelled its own task: that is not to befall the next item
+                if (me.cancelling() and not scope.cancel_called) or not _unchanged(context):
+                    return  # what the handler did to its own task is not to befall the next item: a new worker takes it
                 taken += 1
                 if taken % self.FAIRNESS == 0:
                     await asyncio.sleep(0)
@@ -286,3 +288,11 @@ class Mailbox(Generic[T]):
         left = self._backlog.clear()
         self._notice_quiet()
         return left
+
+
+def _unchanged(context: contextvars.Context) -> bool:
+    """Return whether the context variables are as they were. Cost: O(1) where they are."""
+    try:
+        return contextvars.copy_context() == context
+    except Exception:  # noqa: BLE001 - values that cannot be compared are others
+        return False

@@ -77,7 +77,9 @@ def test_a_payload_is_declared_by_its_type(payload: Any) -> None:
 
 
 def test_a_reply_is_declared_by_its_type() -> None:
-    with pytest.raises(TypeError, match=r"a: the reply must be a type, not None; where there is none, give type\(None\)"):
+    with pytest.raises(
+        TypeError, match=r"a: the reply must be a type, not None; where there is none, give type\(None\)"
+    ):
         request("a", int, reply=cast("type[int]", None))
     with pytest.raises(TypeError, match="reply"):
         request("a", int)  # type: ignore[call-arg]  # what happens then is what is tested

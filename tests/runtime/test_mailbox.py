@@ -1,4 +1,5 @@
 import asyncio
+import contextvars
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -48,8 +49,9 @@ class Boxed:
         self.most = 0
         self._handler = handler or asyncio.sleep
 
-    async def _run(self, item: Any, _scope: anyio.CancelScope) -> None:
+    async def _run(self, item: Any, scope: anyio.CancelScope) -> None:
         self.begun.append(item)
+        self.scope = scope
         self.most = max(self.most, self.box.running)
         await self._handler(item)
         self.ended.append(item)
@@ -306,6 +308,54 @@ async def test_a_handler_that_cancels_its_own_task_as_it_ends_does_not_harm_the_
         boxed.box.offer(thing(item))
     await boxed.box.quiet()
     assert boxed.begun == boxed.ended == ["bad", "good", "bad", "good"]
+    await boxed.end()
+
+
+class Incomparable:
+    def __eq__(self, other: object) -> bool:
+        raise ValueError("they are arrays")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+async def test_what_a_handler_does_to_its_context_befalls_no_other_item() -> None:
+    user: contextvars.ContextVar[object] = contextvars.ContextVar("user", default="nobody")
+    seen: list[object] = []
+
+    async def set_user(item: Any) -> None:
+        seen.append(user.get())
+        token = user.set(Incomparable() if item == "odd" else item)
+        await asyncio.sleep(0)
+        if item == "tidy":
+            user.reset(token)
+        elif item == "given up":
+            boxed.scope.cancel()
+            await asyncio.sleep(5)
+
+    boxed = Boxed(max_concurrent=1, handler=set_user)
+    boxed.box.open()
+    for item in ("tidy", "tidy", "plain", "odd", "given up", "tidy"):
+        boxed.box.offer(thing(item))
+    await boxed.box.quiet()
+    assert seen == ["nobody"] * 6
+    assert boxed.ended == ["tidy", "tidy", "plain", "odd", "tidy"]
+    await boxed.end()
+
+
+async def test_a_handler_that_leaves_its_context_as_it_was_keeps_its_worker() -> None:
+    user: contextvars.ContextVar[str] = contextvars.ContextVar("user")
+    workers: set[object] = set()
+
+    async def tidy(item: Any) -> None:
+        workers.add(asyncio.current_task())
+        user.reset(user.set(item))
+
+    boxed = Boxed(max_concurrent=1, handler=tidy)
+    boxed.box.open()
+    for item in range(100):
+        boxed.box.offer(thing(item))
+    await boxed.box.quiet()
+    assert len(workers) == 1
     await boxed.end()
 
 

@@ -1,13 +1,15 @@
 """What is emitted: local kinds, broadcasts, and messages to one node."""
 
 import asyncio
+from contextvars import ContextVar
 from typing import Any, cast
 
 import msgspec
 import pytest
+import structlog
 
 from meshkit.errors import Closed, Overloaded, Unreachable
-from meshkit.runtime import Message, Runtime, Service, broadcast, handles, local
+from meshkit.runtime import Message, Runtime, Service, broadcast, handles, local, request
 from meshkit.runtime.wire import Ask, Tell, encode_payload
 from meshkit.testing import CancellationPoint
 from meshkit.transports import MemoryHub
@@ -271,3 +273,31 @@ def balanced(node: Runtime) -> bool:
     stats = node.stats()
     ended = stats.handled + stats.failed + stats.cancelled + stats.cut
     return stats.delivered == ended + stats.queued + stats.running
+
+
+USER: ContextVar[str] = ContextVar("user", default="nobody")
+LOGIN = request("forgetful:login", str, reply=str)
+
+
+class Forgetful(Service):
+    name = "forgetful"
+
+    @handles(LOGIN)
+    async def login(self, msg: Message[str]) -> str:
+        before = USER.get()
+        USER.set(msg.payload)
+        structlog.contextvars.bind_contextvars(user=msg.payload)
+        await asyncio.sleep(0)
+        self.log.info("logged in")
+        return before
+
+
+async def test_the_context_variables_that_a_handler_sets_are_seen_by_no_other_handler_and_in_no_other_line() -> None:
+    node = Node("alice", Forgetful())
+    token = USER.set("host")
+    async with node:
+        USER.reset(token)
+        assert [await node.call(LOGIN, f"bob{n}", to="alice") for n in range(3)] == ["host"] * 3
+    for n in range(3):
+        [line] = [line for line in node.logged.splitlines() if f"bob{n}" in line]
+        assert line.count("user=") == 1
