@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
 
 from meshkit import _check, _time
-from meshkit.errors import Draining, MeshkitError, NoHandler, NotAccepted, Refused, Unreachable
+from meshkit.errors import Closed, Draining, NoHandler, NotAccepted, OutcomeUnknown, PeerLost, Refused, Unreachable
 from meshkit.events import Observer
 from meshkit.logger import ServiceLog
 from meshkit.runtime.behavior import Behavior, Broadcast, Local, Request
@@ -243,9 +243,9 @@ class Router:
             raise ValueError(f"a payload of {size} bytes does not fit into a frame: it may have {self._max_payload}")
 
     def _require_way(self, to: str) -> None:
-        reachable = {self._node, *self._transport.peers, *self.presence.peers} - self.presence.silent.keys()
-        if to not in reachable:
-            known = ", ".join(sorted(reachable - {self._node})) or "nobody"
+        peers, presence = self._transport.peers, self.presence
+        if to != self._node and (to in presence.silent or not (to in presence.peers or to in peers)):
+            known = ", ".join(sorted({*peers, *presence.peers} - presence.silent.keys())) or "nobody"
             raise Unreachable(node=to, reason=f"node {self._node!r} can reach {known}")
 
     def _post(self, to: str, wire: Wire) -> None:
@@ -265,9 +265,9 @@ class Router:
 
     def _on_unsent(self, to: str | None, wires: Sequence[Wire], error: Exception) -> None:
         """Tell those who wait for an answer, and count the rest."""
-        if not isinstance(error, MeshkitError):
-            self._log.error("the transport failed", node=to, exc_info=error)
-            error = Unreachable(node=to or "every node", reason=f"the transport failed: {type(error).__name__}")
+        if not isinstance(error, Refused | OutcomeUnknown | Closed):  # nobody knows how far it had come
+            self._log.error("the transport failed", peer=to or "every node", exc_info=error)
+            error = PeerLost(node=to or "every node")
         for wire in wires:
             if isinstance(wire, Ask):
                 self.calls.fail(wire.id, copy.copy(error))

@@ -209,7 +209,7 @@ async def test_a_transport_that_fails_to_send_an_answer_does_not_take_the_worker
             with pytest.raises(CallTimeout):
                 await alice.call(STORE, Store("x"), to="bob", timeout=1)
         assert node.logged.count("the transport failed") >= 3
-        assert bob.stats().dropped["", "transport", "unreachable"] == 3
+        assert bob.stats().dropped["", "transport", "peer_lost"] == 3
         assert "OSError: cable cut" in node.logged
         assert bob.stats().handled == 3
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 from hypothesis import given, strategies as st
 
-from meshkit.errors import Overloaded, Unreachable
+from meshkit.errors import Closed, MalformedFrame, MeshkitError, Overloaded, PeerLost, Unreachable
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.identity import Identity
 from meshkit.runtime.outbox import PLAIN, Outbox
@@ -359,21 +359,62 @@ async def test_calls_that_could_not_be_sent_fail_at_once_each_with_an_error_of_i
         del hub.send, hub.broadcast
 
 
-@pytest.mark.parametrize("error", [OSError("the line is dead"), asyncio.CancelledError("elsewhere"), StopIteration()])
-async def test_a_transport_that_fails_is_logged_and_what_it_had_was_not_sent(error: BaseException) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("the line is dead"),
+        asyncio.CancelledError("elsewhere"),
+        StopIteration(),
+        MalformedFrame(reason="of another layer"),
+    ],
+)
+async def test_a_transport_that_fails_is_logged_and_nobody_knows_what_became_of_what_it_had(
+    error: BaseException,
+) -> None:
     async with mesh("alice", "bob") as (hub, [alice, bob], [_, stash]):
         Refusing(hub, error)
-        with pytest.raises(Unreachable, match="node 'bob' cannot be reached: the transport failed"):
+        with pytest.raises(PeerLost, match="node 'bob' went away before it answered; it may still have happened"):
             await alice.call(SLEEP, 1.0, "bob")
+        assert "the transport failed" in alice.logged
+        assert "peer=bob" in alice.logged
         tease = await alice.emit(TEASE, "boo")
         await turn()
-        assert alice.stats().dropped["social:tease", "transport", "unreachable"] == 1
-        assert "dropped at transport: unreachable" in alice.explain(tease)
-        assert "the transport failed" in alice.logged
+        assert alice.stats().dropped["social:tease", "transport", "peer_lost"] == 1
+        assert "dropped at transport: peer_lost" in alice.explain(tease)
+        assert "peer='every node'" in alice.logged
+        assert "node=" not in alice.logged, "who logs is not the one to whom it could not be sent"
         del hub.send, hub.broadcast
         await alice.call(STORE, Store("after"), "bob")
         assert stash.begun == ["after"]
         assert bob.stats().failed == 0
+
+
+async def test_what_a_transport_has_carried_before_it_failed_may_have_run_as_its_caller_is_told() -> None:
+    async with mesh("alice", "bob") as (hub, [alice, _], [_, stash]):
+        send = hub.send
+
+        def send_and_fail(sender: str, to: str, frame: bytes) -> None:
+            send(sender, to, frame)
+            if sender == "alice":
+                raise OSError("the broker closed while it acknowledged")
+
+        hub.send = send_and_fail  # type: ignore[method-assign]
+        with pytest.raises(PeerLost) as caught:
+            await alice.call(STORE, Store("once"), "bob")
+        assert caught.value.executed == "maybe"
+        await asyncio.sleep(0.1)
+        assert stash.begun == ["once"]
+
+
+@pytest.mark.parametrize("error", [Unreachable(node="bob"), Overloaded(name="line", limit=7), Closed(name="line")])
+async def test_a_transport_that_says_that_it_sent_nothing_is_believed(error: MeshkitError) -> None:
+    async with mesh("alice", "bob") as (hub, [alice, _], _):
+        Refusing(hub, error)
+        with pytest.raises(type(error)) as caught:
+            await alice.call(STORE, Store("x"), "bob")
+        assert caught.value.executed == "no"
+        assert alice.logged == ""
+        del hub.send, hub.broadcast
 
 
 async def test_a_call_whose_id_is_not_unicode_harms_no_other() -> None:
