@@ -6,7 +6,7 @@ One that has been silent for `PATIENCE` of its own intervals (three of its signs
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -62,6 +62,7 @@ class Presence:
         self.peers: dict[str, Peer] = {}
         self.silent: dict[str, bool] = {}  # nodes that were up, and of which nothing has been heard for too long
         self._until: dict[str, float] = {}  # by node that is up
+        self._handling: dict[str, list[Peer]] = {}  # by kind that was looked for, until somebody comes, changes or goes
 
     def heard(self, node: str, beat: Beat, now: float) -> float:
         """Take note of a sign of life; return until when it will do (infinity: there is no room for more nodes)."""
@@ -69,7 +70,10 @@ class Presence:
             return math.inf
         every = beat.every if 0 < beat.every < self.LONGEST else self.LONGEST
         self.silent.pop(node, None)
-        self.peers[node] = Peer(node, beat.name if is_name(beat.name) else node, beat.kinds, beat.draining)
+        peer = Peer(node, beat.name if is_name(beat.name) else node, beat.kinds, beat.draining)
+        if self.peers.get(node) != peer:
+            self.peers[node] = peer
+            self._handling.clear()
         self._until[node] = now + self.PATIENCE * every
         return self._until[node]
 
@@ -77,6 +81,7 @@ class Presence:
         """Take note that a node has gone; return whether it was up."""
         self.silent.pop(node, None)
         self._until.pop(node, None)
+        self._handling.clear()
         return self.peers.pop(node, None) is not None
 
     def fallen_silent(self, now: float) -> list[str]:
@@ -93,9 +98,17 @@ class Presence:
         """Return when the next node will have been silent for too long, if it stays so. Cost: O(nodes)."""
         return min(self._until.values(), default=math.inf)
 
-    def that_handle(self, kind: str) -> list[Peer]:
-        """Return the nodes that are up and handle requests of this kind, the draining ones, too."""
-        return [peer for peer in self.peers.values() if kind in peer.kinds]
+    def that_handle(self, kind: str) -> Sequence[Peer]:
+        """Return the nodes that are up and handle requests of this kind, the draining ones, too.
+
+        Cost: O(1), but O(nodes) after any of them has come, changed or gone, and for a kind that nobody handles.
+        """
+        found = self._handling.get(kind)
+        if found is None:
+            found = [peer for peer in self.peers.values() if kind in peer.kinds]
+            if found:  # else whoever makes up kinds could fill the memory
+                self._handling[kind] = found
+        return found
 
 
 class Heartbeat:
@@ -171,8 +184,8 @@ class Heartbeat:
         for timer in (self._next_beat, self._watch):
             if timer is not None:
                 timer.cancel()
-        self._presence.peers.clear()
-        self._presence.silent.clear()
+        for node in [*self._presence.peers, *self._presence.silent]:
+            self._presence.forget(node)
 
     # --- what it hears
 

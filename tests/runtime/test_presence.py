@@ -54,6 +54,48 @@ def test_who_is_up_is_who_was_heard_of_lately(steps: list[tuple[str, str, float,
         assert presence.wake_at() == min(model.values(), default=math.inf)
 
 
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcd"), st.sampled_from("hhfs"), st.sets(st.sampled_from("xyz")), st.booleans())
+    )
+)
+def test_who_handles_a_kind_is_whoever_is_up_and_said_so_last(
+    steps: list[tuple[str, str, set[str], bool]],
+) -> None:
+    presence = Presence()
+    for time, (node, step, kinds, draining) in enumerate(steps):
+        if step == "h":
+            presence.heard(node, Beat(node, tuple(kinds), 1.0, draining=draining), time)
+        elif step == "f":
+            presence.forget(node)
+        else:
+            presence.fallen_silent(time)
+        for kind in "xyz":
+            assert presence.that_handle(kind) == [peer for peer in presence.peers.values() if kind in peer.kinds]
+
+
+def test_to_look_for_those_who_handle_a_kind_looks_at_all_nodes_only_when_one_has_changed() -> None:
+    looked = 0
+
+    class Kinds(tuple[str, ...]):
+        def __contains__(self, kind: object) -> bool:
+            nonlocal looked
+            looked += 1
+            return super().__contains__(kind)
+
+    presence = Presence()
+    for node in "abc":
+        for time in range(3):
+            presence.heard(node, Beat(node, Kinds(["x:y"]), 9.0), time)
+    for _ in range(5):
+        assert [peer.node for peer in presence.that_handle("x:y")] == ["a", "b", "c"]
+        presence.heard("a", Beat("a", Kinds(["x:y"]), 9.0), 5.0)
+    assert looked == 3
+    for number in range(100):
+        assert presence.that_handle(f"made up {number}") == []
+    assert len(vars(presence)["_handling"]) == 1
+
+
 @pytest.mark.parametrize("every", [math.nan, math.inf, -math.inf, 0.0, -1.0, 1e300])
 def test_whatever_a_node_claims_it_is_found_silent_some_day(every: float) -> None:
     presence = Presence()
