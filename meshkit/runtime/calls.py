@@ -162,7 +162,7 @@ async def first_that_takes_it(nodes: Sequence[str], timeout: float, call: Callab
 
 
 async def gather(
-    nodes: Sequence[str], call: Callable[[str], Awaitable[R]], *, quorum: int | None, name: str
+    nodes: Sequence[str], call: Callable[[str], Awaitable[R]], *, quorum: int | None, name: str, task: str
 ) -> Replies[R]:
     """Ask all nodes at once; return when `quorum` have replied (None: when each has answered).
 
@@ -188,7 +188,7 @@ async def gather(
     if needed <= len(nodes):
         async with anyio.create_task_group() as group:
             for node in nodes:
-                group.start_soon(ask, node, group.cancel_scope, name=f"{name}:{node}")
+                group.start_soon(ask, node, group.cancel_scope, name=f"{task} on {node}")
     if wrong:
         try:
             raise wrong[0]

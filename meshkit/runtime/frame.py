@@ -81,6 +81,7 @@ class Prover:
 
     Args:
         identity: That of the node.
+        name: What the node is called; its transport names tasks by it. By default its id.
         trust: Whom it listens to. Node ids are copied. A predicate is asked for every frame and must return a bool; one
             that raises does not trust, and its error is the `__cause__` of the `UnknownSender`.
         window: By how many seconds the stamp of a frame may be off, either way.
@@ -94,6 +95,7 @@ class Prover:
         self,
         identity: Identity,
         *,
+        name: str = "",
         trust: Trust = None,
         window: float = 30.0,
         started: float,
@@ -101,6 +103,7 @@ class Prover:
         max_remembered: int = 250_000,
     ) -> None:
         self.identity = identity
+        self.name = name or identity.node_id
         self._started = round(started * MICRO)
         self._trust: Callable[[str], object] = _predicate(trust)
         self._max_frame = max_frame

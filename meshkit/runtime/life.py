@@ -63,7 +63,7 @@ class Life:
         every = None if isinstance(transport, Alone) else runtime.heartbeat
         beat = None if every is None else Beat(name, graph.requests, every)
         self.router = Router(
-            node, graph, supervisors, transport, prover, beat, self._log, observer, letters, self._escalate
+            node, name, graph, supervisors, transport, prover, beat, self._log, observer, letters, self._escalate
         )
         self.loop = loop = asyncio.get_running_loop()
         self._opened: asyncio.Future[bool] = loop.create_future()  # or whether it ended before that

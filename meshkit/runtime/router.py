@@ -45,6 +45,7 @@ class Router:
     def __init__(
         self,
         node: str,
+        name: str,
         graph: Graph,
         supervisors: Mapping[str, Supervisor],
         transport: Transport,
@@ -69,6 +70,7 @@ class Router:
             node, graph, self.dispatcher, self.calls, self.heartbeat, prover, self.journal, self._answer
         )
         self._node = node
+        self._name = name
         self._graph = graph
         self._transport = transport
         self._max_payload = math.inf if prover is None else prover.max_bundle - _ENVELOPE
@@ -173,6 +175,7 @@ class Router:
             lambda node: self.call(behavior, payload, node, timeout, None),
             quorum=quorum,
             name=f"{behavior.kind!r} from node {self._node!r}",
+            task=f"meshkit:{self._name}:runtime:call {behavior.kind}",
         )
 
     def _ask(

@@ -252,7 +252,7 @@ class Runtime(Lifecycle):
             return None
         if transport.exposed and self._trust is None:
             raise ValueError(f"node {self.name!r} can be reached by strangers: say with trust= whom it trusts")
-        return Prover(self._identity, trust=self._trust, window=self._window, started=_time.wall())
+        return Prover(self._identity, name=self.name, trust=self._trust, window=self._window, started=_time.wall())
 
 
 def _names(names: Iterable[str]) -> Iterable[str]:

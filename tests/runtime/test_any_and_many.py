@@ -285,6 +285,19 @@ async def test_by_default_all_that_handle_the_kind_are_asked_this_node_too() -> 
         assert [stash.begun for stash in stashes] == [["x"], ["x"]]
 
 
+async def test_the_tasks_that_ask_say_whose_they_are_and_whom_they_ask() -> None:
+    async with mesh("alice", "bob") as (_, [alice, _], _):
+        await settle()
+        before = asyncio.all_tasks()
+        many = asyncio.ensure_future(alice.call_many(SLEEP, 1.0))
+        await settle()
+        names = {task.get_name() for task in asyncio.all_tasks() - before - {many}}
+        assert {name for name in names if "worker" not in name} == {
+            f"meshkit:alice:runtime:call stash:sleep on {node}" for node in ("alice", "bob")
+        }
+        await many
+
+
 async def test_a_node_that_is_named_twice_is_asked_once_and_who_asks_nobody_hears_nothing() -> None:
     async with Three() as three:
         replies = await three.alice.call_many(WHO, 0.0, ["bob", "carol", "bob"], quorum=2)

@@ -281,6 +281,12 @@ async def test_everyone_can_ask_everyone_whatever_the_size() -> None:
             await alice.call(STORE, Store("map", bytes(1024 * 1024)), to=bob.node)
 
 
+async def test_its_task_says_whose_it_is() -> None:
+    async with Nats("alice", any_url(), subject="tasks"):
+        names = {task.get_name() for task in asyncio.all_tasks()}
+        assert {"meshkit:alice:runtime:life", "meshkit:alice:nats:connection"} <= names
+
+
 async def test_no_handler_waits_for_another() -> None:
     alice, bob = [Nats(name, any_url(), subject="at.once") for name in NAMES[:2]]
     async with mesh_of(alice, bob):

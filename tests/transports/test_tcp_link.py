@@ -140,7 +140,7 @@ async def how_often(lasting: float, seconds: float) -> int:
             return SimpleNamespace(gone=gone, began=loop.time())
 
     owner: Any = SimpleNamespace(limits=LIMITS, client_ssl=None, links=Links())
-    dialler = Dialler(owner, "a")
+    dialler = Dialler(owner, "a", "alice")
     dialler.know("b", Address("127.0.0.1", 1))
     await asyncio.sleep(seconds)
     await dialler.close()
@@ -158,7 +158,7 @@ async def test_a_connection_that_has_lasted_is_made_again_at_once() -> None:
 
 async def test_what_others_say_changes_nothing_about_an_address_that_is_known_and_drives_none_out() -> None:
     owner: Any = SimpleNamespace(limits=TcpLimits(max_peers=2), client_ssl=None, links={})
-    dialler = Dialler(owner, "z")
+    dialler = Dialler(owner, "z", "zoe")
     address, second, third = (Address("127.0.0.1", port) for port in (1, 2, 3))
     dialler.know("a", address)
     dialler.know("b", address)

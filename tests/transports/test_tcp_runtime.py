@@ -204,6 +204,19 @@ async def test_who_does_not_speak_tls_is_dropped_in_time(tls: tuple[ssl.SSLConte
             assert not plain.transport.peers
 
 
+async def test_its_tasks_say_whose_they_are(tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    transport = TcpTransport("127.0.0.1:0", join=["127.0.0.1:1"], server_ssl=tls[0], client_ssl=tls[1])
+    async with Runtime("alice", identity=identity("alice"), trust=TRUST, transport=transport):
+        assert transport.address is not None
+        host, _, port = transport.address.rpartition(":")
+        _, writer = await asyncio.open_connection(host, int(port))
+        tasks = {"meshkit:alice:runtime:life", "meshkit:alice:tcp:dial 127.0.0.1:1", "meshkit:alice:tcp:tls"}
+        with anyio.fail_after(PATIENCE):
+            while {task.get_name() for task in asyncio.all_tasks() - {asyncio.current_task()}} != tasks:
+                await asyncio.sleep(0)
+        writer.transport.abort()
+
+
 async def test_a_node_whose_certificate_is_not_trusted_is_not_joined(
     tls: tuple[ssl.SSLContext, ssl.SSLContext], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -70,7 +70,7 @@ class Mesh:
         self._loop = asyncio.get_running_loop()
         self._joined: asyncio.Future[None] = self._loop.create_future()
         self._connector = Connector(servers, self._connect)
-        self._keeper = self._loop.create_task(self._keep(), name=f"meshkit:{prover.identity.node_id}:nats")
+        self._keeper = self._loop.create_task(self._keep(), name=f"meshkit:{prover.name}:nats:connection")
         self._closed = False
         self._timer: asyncio.TimerHandle | None = None
         self._ticks = self._quiet = 0

@@ -57,9 +57,10 @@ class Dialler:
     HEAD_START = 0.3
     """Seconds that the node with the smaller id has to dial the other one: it decides about the connection anyway."""
 
-    def __init__(self, owner: Owner, node: str) -> None:
+    def __init__(self, owner: Owner, node: str, name: str) -> None:
         self._owner = owner
         self._node = node
+        self._name = name
         self._loop = asyncio.get_running_loop()
         self._targets: dict[Address, _Target] = {}
         self._backoff = Backoff(base_delay=self.FIRST_DELAY, max_delay=self.LAST_DELAY, jitter=True)
@@ -71,7 +72,7 @@ class Dialler:
 
     def _begin(self, target: _Target) -> None:
         self._targets[target.address] = target
-        target.task = self._loop.create_task(self._keep(target), name=f"meshkit:{self._node}:tcp:dial {target.address}")
+        target.task = self._loop.create_task(self._keep(target), name=f"meshkit:{self._name}:tcp:dial {target.address}")
 
     async def close(self) -> None:
         """End all attempts."""

@@ -66,10 +66,11 @@ class Owner(Protocol):
 class Door(asyncio.Protocol):
     """An incoming connection until TLS is established; then `link` takes over. Until then it has proved nothing."""
 
-    def __init__(self, owner: Owner, link: Link, context: ssl.SSLContext) -> None:
+    def __init__(self, owner: Owner, link: Link, context: ssl.SSLContext, task: str) -> None:
         self._owner = owner
         self._link = link
         self._context = context
+        self._task_name = task
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -77,9 +78,7 @@ class Door(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         self._owner.connected(self)
         if not transport.is_closing():
-            self._task = asyncio.get_running_loop().create_task(
-                self._establish(self._transport), name="meshkit:tcp:tls"
-            )
+            self._task = asyncio.get_running_loop().create_task(self._establish(self._transport), name=self._task_name)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End before TLS began."""

@@ -49,7 +49,7 @@ class Mesh:
         self.client_ssl = client_ssl
         self.buffer = memoryview(bytearray(self.BUFFER))
         self.address = ""  # where others reach this node, if it listens
-        self.dialler = Dialler(self, prover.identity.node_id)
+        self.dialler = Dialler(self, prover.identity.node_id, prover.name)
         self._receiver = receiver
         self._prover = prover
         self._sockets = Sockets(limits)
@@ -70,7 +70,7 @@ class Mesh:
 
         def accept() -> Link | Door:
             link = self._link(dialled=False)
-            return link if context is None else Door(self, link, context)
+            return link if context is None else Door(self, link, context, f"meshkit:{self._prover.name}:tcp:tls")
 
         server = await serve(accept, address)
         if self._closed:
