@@ -25,6 +25,7 @@ import gc
 import hashlib
 import heapq
 import itertools
+import math
 import random
 import struct
 from collections import Counter, deque
@@ -35,37 +36,12 @@ from typing import Any, TypeVar
 from meshkit import _check, _entropy
 from meshkit.testing._sim_faults import Faults
 from meshkit.testing._sim_machine import Machine as Machine, current
+from meshkit.testing._sim_order import Task, Timer, WeakOrderedSet, stepped
 from meshkit.testing.virtual_time import Livelock, VirtualTimeLoop
 
 __all__ = ["Machine", "SimLoop"]
 
 _T = TypeVar("_T")
-
-
-class _Timer(asyncio.TimerHandle):
-    """A timer that has a place among those that are due at the same time."""
-
-    __slots__ = ("_number",)
-    _when: float
-    _scheduled: bool
-
-    def __init__(
-        self,
-        when: float,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        loop: asyncio.AbstractEventLoop,
-        context: contextvars.Context | None,
-        number: int,
-    ) -> None:
-        super().__init__(when, callback, args, loop, context)
-        self._number = number
-        self._scheduled = True  # it is about to be put among the timers of the loop
-
-    def __lt__(self, other: object) -> bool:
-        if not isinstance(other, _Timer):
-            return NotImplemented
-        return (self._when, self._number) < (other._when, other._number)
 
 
 class SimLoop(VirtualTimeLoop):
@@ -106,7 +82,10 @@ class SimLoop(VirtualTimeLoop):
         self._faults = Faults(self) if buggify else None
         self.log: Callable[[str], object] | None = None
         """Set it to `print` to see each task step."""
-        self.paused: set[Machine] = set()
+        self.paused: list[Machine] = []
+        self.hashes = self.stream("hashes")
+        self.set_task_factory(Task)  # type: ignore[arg-type]  # typeshed wants a protocol of all its arguments
+        self._asyncgens = WeakOrderedSet()
         self._order = self.stream("order")
         self._entropy = self.stream("entropy")
         self._random_state = self.stream("random").getstate()
@@ -116,7 +95,6 @@ class SimLoop(VirtualTimeLoop):
         self._steps = 0
         self._uncollected = self._collections = 0
         self._digest = hashlib.blake2b(digest_size=16)
-        self._clock_resolution = 0.0  # timers are taken at their exact times, by `next_batch`
 
     def __repr__(self) -> str:
         return f"<SimLoop seed={self.seed} time={self._now!r}>"
@@ -179,9 +157,12 @@ class SimLoop(VirtualTimeLoop):
         """Call `callback(*args)` at `when`; at equal times, in the order of these calls."""
         if self.is_closed():
             raise RuntimeError("the event loop is closed")
+        if math.isnan(when):
+            raise ValueError("when must be a time, not NaN")
         machine = current.get()
-        moment = when if machine is None else machine.moment(when)
-        timer = _Timer(moment, callback, args, self, context, next(self._timer_numbers))
+        timer = Timer(when if machine is None else machine.moment(when), callback, args, self, context)
+        timer.number = next(self._timer_numbers)
+        timer._scheduled = True  # as asyncio marks what is among the timers of the loop
         heapq.heappush(self._scheduled, timer)
         return timer
 
@@ -254,11 +235,6 @@ class SimLoop(VirtualTimeLoop):
                 gc.collect(2 if self._collections % 100 == 0 else 1 if self._collections % 10 == 0 else 0)
             self._put_in_order()
 
-    def jump_to_next_timer(self) -> None:
-        """Move the clock to the earliest timer."""
-        super().jump_to_next_timer()
-        self._clock_resolution = 0.0
-
     def where_tasks_wait(self) -> str:
         """Describe every unfinished task and where it waits, and which machines are paused."""
         paused = sorted(machine.name for machine in self.paused)
@@ -279,8 +255,7 @@ class SimLoop(VirtualTimeLoop):
             if self.paused and (machine := handle._context.get(current)) in self.paused:
                 machine.held.append(handle)
                 continue
-            task: Any = getattr(handle._callback, "__self__", None)
-            if isinstance(task, asyncio.Task):
+            if (task := stepped(handle)) is not None:
                 steps.append((self._number(task), handle))
             else:
                 callbacks.append(handle)
@@ -299,7 +274,7 @@ class SimLoop(VirtualTimeLoop):
             for number, handle in steps:
                 machine = handle._context.get(current)
                 on = "" if machine is None else f" on {machine.name}"
-                self.log(f"{self._now:.6f} #{number} {handle._callback.__self__.get_name()}{on}")
+                self.log(f"{self._now:.6f} #{number} {stepped(handle).get_name()}{on}")
 
     def _number(self, task: Any) -> int:
         number: int | None = getattr(task, "_sim_number", None)
