@@ -277,7 +277,7 @@ async def test_who_waits_for_a_node_and_is_cancelled_cancels_it(cluster: SimClus
 @cluster_test
 async def test_a_rule_of_the_network_may_crash_the_sender_at_a_frame(cluster: SimCluster, sim: SimLoop) -> None:
     def crash(sender: str, to: str, frame: bytes) -> Verdict | None:
-        if sender != cluster["bob"].id or not cluster["bob"].store.get("count"):
+        if sender != "bob" or not cluster["bob"].store.get("count"):
             return None
         cluster.network.rules.clear()
         cluster.crash("bob")
@@ -356,7 +356,7 @@ async def test_a_node_that_is_up_is_not_started(cluster: SimCluster, sim: SimLoo
 
 
 def test_a_task_that_refuses_to_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SimCluster, "PATIENCE", 100)
+    monkeypatch.setattr(SimNode, "PATIENCE", 100)
 
     async def refuse() -> None:
         for _ in range(200):

@@ -16,7 +16,7 @@ class Node:
 
     def __init__(self, network: SimNetwork, name: str) -> None:
         self.name = name
-        self.transport: SimTransport = network.transport()
+        self.transport: SimTransport = network.transport(name)
         self.heard: list[bytes] = []
         self.events: list[tuple[float, str]] = []
 
@@ -342,7 +342,7 @@ async def test_a_fault_between_nobody_is_refused(sim: SimLoop) -> None:
     [alice] = await nodes_of(network, "alice")
     for verb in (network.cut, network.heal, network.hold, network.release):
         with pytest.raises(
-            ValueError, match=r"no links from \['alice'\] to \[\]; the nodes that have joined: \['alice'\]"
+            ValueError, match=r"no links from \['alice'\] to \[\]; the nodes that there are: \['alice'\]"
         ):
             verb("alice")
     await close(alice)
