@@ -3,6 +3,8 @@
 import asyncio
 import contextvars
 import random
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 from meshkit.errors import Unreachable
 from meshkit.runtime.frame import Prover
@@ -39,8 +41,7 @@ class Life:
         if self.rt is not None:
             _mute(self.rt)
         self.machine.resume()  # what was held back may end, too
-        for task in self.machine.tasks:
-            task.cancel()
+        _kill(self.machine.tasks)
         self._burial = contextvars.Context().run(self._sim.create_task, self._bury(patience))
 
     async def over(self) -> None:
@@ -60,8 +61,7 @@ class Life:
             tasks = self.machine.tasks
             if not tasks:
                 break
-            for task in tasks:
-                task.cancel()
+            _kill(tasks)
         else:
             left = ", ".join(task.get_name() for task in self.machine.tasks)
             raise RuntimeError(f"{self.machine.name!r} has crashed, but these tasks refuse to end: {left}")
@@ -96,6 +96,33 @@ class LifeTransport(SimTransport):
         if current.get() is not self._life.machine:
             name = self._life.machine.name
             raise Unreachable(node=to, reason=f"this runs outside of its computer: `await cluster[{name!r}].run(...)`")
+
+
+async def ended(tasks: "Collection[asyncio.Task[Any]]", *, unless: Callable[[], bool] = lambda: False) -> None:
+    """Return when all of `tasks` have ended. Cancelled, cancel them and wait for that, too, `unless` it would not end.
+
+    Unlike `asyncio.gather`, it raises the cancellation that it got: anyio knows its own by what is written on it.
+    """
+    cancelled: asyncio.CancelledError | None = None
+    while not all(task.done() for task in tasks):
+        try:
+            await asyncio.wait(tasks)
+        except asyncio.CancelledError as error:
+            cancelled = error
+            for task in tasks:
+                task.cancel()
+            if unless():
+                raise
+    failed = [task for task in tasks if task.cancelled() or task.exception() is not None]  # so all errors are looked at
+    if cancelled is not None and any(task.cancelled() for task in failed):
+        raise cancelled
+
+
+def _kill(tasks: "Iterable[asyncio.Task[Any]]") -> None:
+    """Cancel tasks, and let nobody hear of errors that they end with."""
+    for task in tasks:
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        task.cancel()
 
 
 def _mute(rt: Runtime) -> None:

@@ -9,7 +9,7 @@ from meshkit import _check
 from meshkit.runtime.identity import Identity
 from meshkit.runtime.runtime import Runtime
 from meshkit.runtime.supervisor import was_cancelled
-from meshkit.testing._sim_life import Life, LifeTransport
+from meshkit.testing._sim_life import Life, LifeTransport, ended
 from meshkit.testing._sim_machine import Machine, current
 from meshkit.testing._sim_store import SimStore
 from meshkit.testing.sim_loop import SimLoop
@@ -120,8 +120,11 @@ class SimNode:
         except Crashed:
             coro.close()
             raise
+        task = life.machine.create_task(coro)
         try:
-            result = await self._ended(life.machine.create_task(coro))
+            # What is paused will end when it is resumed, but who waits for it need not.
+            await ended([task], unless=lambda: life.machine in self._sim.paused)
+            result = task.result()
         except (Exception, asyncio.CancelledError):
             if life.crashed and not was_cancelled():
                 raise Crashed(f"node {self.name!r} crashed") from None
@@ -129,17 +132,6 @@ class SimNode:
         if life.crashed:
             raise Crashed(f"node {self.name!r} crashed")
         return result
-
-    async def _ended(self, task: "asyncio.Task[_T]") -> _T:
-        """Return what `task` returns, or raise what it raises."""
-        while not task.done():
-            try:
-                await asyncio.wait([task])
-            except asyncio.CancelledError:
-                task.cancel()
-                if self.paused:  # it will end when it is resumed, but who waits here need not
-                    raise
-        return task.result()
 
     @property
     def has_runtime(self) -> bool:
@@ -211,6 +203,10 @@ class SimNode:
                 return
             try:
                 await self.run(self.rt.stop())
+            except asyncio.CancelledError:
+                if not life.off:  # it is no longer up, and will not be down
+                    self.crash()
+                raise
             finally:
                 life.stop()
 

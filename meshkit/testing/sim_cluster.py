@@ -22,6 +22,7 @@ from typing import Any, Self
 
 from meshkit import _check
 from meshkit.runtime.runtime import Runtime
+from meshkit.testing._sim_life import ended
 from meshkit.testing._sim_node import Crashed as Crashed, SimNode as SimNode
 from meshkit.testing._sim_store import SimStore as SimStore
 from meshkit.testing.sim_loop import SimLoop
@@ -199,9 +200,10 @@ class SimCluster:
         """Do it with all nodes; raise the first error when all has ended."""
         for node in nodes:
             self._sim.note(f"{verb} {node.name}")
-        for error in await asyncio.gather(*map(work, nodes), return_exceptions=True):
-            if error is not None:
-                raise error
+        tasks = [self._sim.create_task(work(node)) for node in nodes]
+        await ended(tasks)
+        for task in tasks:
+            task.result()
 
 
 def _checked(names: Iterable[str]) -> list[str]:
