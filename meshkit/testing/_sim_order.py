@@ -44,8 +44,8 @@ class WeakOrderedSet(weakref.WeakKeyDictionary[Any, None]):
         self.pop(item, None)
 
 
-_STEPS = {None, "task_wakeup", "__step", "__wakeup"}
-"""The names of what runs a step of a task: in C (the first has none) and in Python. Its other methods do not."""
+_STEPS = {None, "task_wakeup"}
+"""The names of the two callbacks by which asyncio runs a step of a task (one has none); its methods do not."""
 
 
 def stepped(handle: Any) -> Any:
