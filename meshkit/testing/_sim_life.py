@@ -72,7 +72,11 @@ class Life:
 
 
 class LifeTransport(SimTransport):
-    """Is used by its own computer only, and only while that is on."""
+    """Is used by its own computer only, and only while that is on.
+
+    To use it from outside is a mistake of the test, and fails it: where nobody waits for a reply, the runtime hides the
+    error.
+    """
 
     def __init__(self, network: SimNetwork, life: Life) -> None:
         super().__init__(network, life.machine.name)
@@ -95,7 +99,11 @@ class LifeTransport(SimTransport):
             raise Unreachable(node=to, reason="this computer is off")
         if current.get() is not self._life.machine:
             name = self._life.machine.name
-            raise Unreachable(node=to, reason=f"this runs outside of its computer: `await cluster[{name!r}].run(...)`")
+            error = Unreachable(
+                node=to, reason=f"this runs outside of its computer: `await cluster[{name!r}].run(...)`"
+            )
+            asyncio.get_running_loop().call_exception_handler({"message": "nothing is sent", "exception": error})
+            raise error
 
 
 async def ended(tasks: "Collection[asyncio.Task[Any]]", *, unless: Callable[[], bool] = lambda: False) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import enum
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class Link:
         for name, chance in chances.items():
             if not 0 <= chance <= 1:
                 raise ValueError(f"{name} must be a probability, from 0 to 1, not {chance!r}")
-        if sum(chances.values()) > 1:
+        if math.fsum(chances.values()) > 1:
             raise ValueError(f"the probabilities must be 1 at most together, not {chances}")
 
     def verdict(self, drawn: float) -> Verdict:

@@ -342,10 +342,21 @@ async def test_until_shows_where_everybody_is_when_time_is_over(cluster: SimClus
     assert repr(cluster) == "SimCluster(alice off, bob up, carol up)"
 
 
-@cluster_test
-async def test_what_is_called_outside_of_its_computer_is_refused(cluster: SimCluster, sim: SimLoop) -> None:
-    with pytest.raises(Unreachable, match=r"runs outside of its computer: `await cluster\['alice'\].run"):
-        await cluster["alice"].rt.call(ADD, 0, to=cluster["bob"].id)
+def test_what_is_called_outside_of_its_computer_is_refused_and_fails_the_test() -> None:
+    async def main(sim: SimLoop, verb: Callable[[SimCluster], Any]) -> None:
+        async with SimCluster(make, NAMES) as cluster:
+            await cluster.until(cluster.connected, timeout=1)
+            with contextlib.suppress(Unreachable):
+                await verb(cluster)
+
+    verbs: list[Callable[[SimCluster], Any]] = [
+        lambda cluster: cluster["alice"].rt.call(ADD, 0, to=cluster["bob"].id),
+        lambda cluster: cluster["alice"].rt.emit(NEWS, "nobody hears it"),
+        lambda cluster: cluster["alice"].rt.emit(NEWS, "nobody hears it", to=cluster["bob"].id),
+    ]
+    for verb in verbs:
+        with pytest.raises(Leak, match=r"runs outside of its computer: `await cluster\['alice'\].run"):
+            simulated(1, lambda sim, verb=verb: main(sim, verb))  # type: ignore[misc]
 
 
 @cluster_test

@@ -524,6 +524,10 @@ def test_a_link_is_checked(arguments: dict[str, Any], message: str) -> None:
         Link(**arguments)
 
 
+def test_probabilities_that_are_one_together_are_a_link() -> None:
+    assert Link(loss=0.33, duplication=0.56, reordering=0.11).loss == 0.33
+
+
 # --- machines
 
 
