@@ -17,6 +17,11 @@ class Timer(asyncio.TimerHandle):
     _when: float
     _scheduled: bool
 
+    def take_place(self, number: int) -> None:
+        """Note that it is now among the timers of the loop, as asyncio does, and which place it has there."""
+        self.number = number
+        self._scheduled = True
+
     def __lt__(self, other: "Timer") -> bool:  # type: ignore[override]  # a SimLoop has no others
         return (self._when, self.number) < (other._when, other.number)
 
@@ -51,5 +56,6 @@ _STEPS = {None, "task_wakeup"}
 def stepped(handle: Any) -> Any:
     """Return the task that takes a step when `handle` runs; None for any other callback."""
     callback = handle._callback
-    task = getattr(callback, "__self__", None)
-    return task if isinstance(task, asyncio.Task) and getattr(callback, "__name__", None) in _STEPS else None
+    task: Any = getattr(callback, "__self__", None)
+    steps = isinstance(task, asyncio.Task) and getattr(callback, "__name__", None) in _STEPS
+    return task if steps else None

@@ -51,7 +51,8 @@ class SimLoop(VirtualTimeLoop):
     callbacks (`call_soon`, timers, what futures call when they are done) in the order in which they were due. Timers
     of one moment are due in the order in which they were set.
 
-    It keeps a digest of all that ran: `trace`. Cost: up to twice that of a `VirtualTimeLoop`.
+    It keeps a digest of all that ran: `trace`. While it runs, `random` and the garbage collector of the process are its
+    own: so one at a time, and no other threads that use them. Cost: up to twice that of a `VirtualTimeLoop`.
     """
 
     MAX_STEPS = 1_000_000
@@ -61,7 +62,8 @@ class SimLoop(VirtualTimeLoop):
     """How many steps the garbage collector waits: by itself it would come when the memory, not the seed, says so."""
 
     # Beyond what VirtualTimeLoop relies on: the deque `_ready`, the `_callback` and `_context` of a handle, the
-    # `_scheduled` of a timer and `_timer_cancelled_count`. tests/testing/test_sim_loop.py fails where that changes.
+    # `_scheduled` of a timer, `_timer_cancelled_count`, `_asyncgens` and the names of what runs a step of a task (see
+    # _sim_order.py). tests/testing/test_sim_loop.py fails where that changes.
     _ready: deque[Any]
     _timer_cancelled_count: int
 
@@ -84,6 +86,7 @@ class SimLoop(VirtualTimeLoop):
         """Set it to `print` to see each task step."""
         self.paused: list[Machine] = []
         self.hashes = self.stream("hashes")
+        """For the hashes of tasks."""
         self.set_task_factory(Task)  # type: ignore[arg-type]  # typeshed wants a protocol of all its arguments
         self._asyncgens = WeakOrderedSet()
         self._order = self.stream("order")
@@ -95,6 +98,7 @@ class SimLoop(VirtualTimeLoop):
         self._steps = 0
         self._uncollected = self._collections = 0
         self._digest = hashlib.blake2b(digest_size=16)
+        self._clock_resolution = 0.0  # timers are taken at their exact times, by `next_batch`
 
     def __repr__(self) -> str:
         return f"<SimLoop seed={self.seed} time={self._now!r}>"
@@ -161,8 +165,7 @@ class SimLoop(VirtualTimeLoop):
             raise ValueError("when must be a time, not NaN")
         machine = current.get()
         timer = Timer(when if machine is None else machine.moment(when), callback, args, self, context)
-        timer.number = next(self._timer_numbers)
-        timer._scheduled = True  # as asyncio marks what is among the timers of the loop
+        timer.take_place(next(self._timer_numbers))
         heapq.heappush(self._scheduled, timer)
         return timer
 
@@ -234,6 +237,11 @@ class SimLoop(VirtualTimeLoop):
                 self._collections += 1
                 gc.collect(2 if self._collections % 100 == 0 else 1 if self._collections % 10 == 0 else 0)
             self._put_in_order()
+
+    def jump_to_next_timer(self) -> None:
+        """Move the clock to the earliest timer."""
+        super().jump_to_next_timer()
+        self._clock_resolution = 0.0
 
     def where_tasks_wait(self) -> str:
         """Describe every unfinished task and where it waits, and which machines are paused."""

@@ -90,7 +90,8 @@ def simulate(*, seeds: int | Iterable[int], buggify: bool = False) -> Callable[[
 def _chosen(seeds: int | Iterable[int]) -> tuple[int, ...]:
     if isinstance(seeds, int):
         return tuple(range(_check.count("seeds", seeds)))
-    chosen = tuple(seeds) if isinstance(seeds, Iterable) else (seeds,)
+    which: Any = seeds if isinstance(seeds, Iterable) else [seeds]  # type: ignore[redundant-expr]  # it may be a float
+    chosen: tuple[Any, ...] = tuple(which)
     if any(isinstance(seed, bool) or not isinstance(seed, int) for seed in chosen):
         raise TypeError(f"seeds must be how many, or an iterable of whole numbers, not {seeds!r}")
     if not chosen:

@@ -91,7 +91,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         self._called_by_thread = False
         self._settling: list[asyncio.Future[None]] = []
         self._passes = 0
-        self._clock_resolution = math.ulp(0.0)
+        self._clock_resolution = 1e-9
         self._selector = _Clock(self)
 
     def time(self) -> float:
@@ -135,7 +135,8 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         if when == math.inf:
             raise Deadlock("nothing is ready and no timer is set; " + self.where_tasks_wait())
         self._now = max(self._now, when)
-        self._clock_resolution = math.ulp(self._now)  # due is what is due now, and nothing else
+        # Late in virtual time a nanosecond is less than the float can hold, and no timer would ever be due.
+        self._clock_resolution = max(1e-9, 2 * math.ulp(self._now))
 
     def refuse_threads(self) -> None:
         """Refuse to go on if anyio has started a worker thread: it does so by itself, unseen by the loop."""
