@@ -48,8 +48,9 @@ class SimNetwork:
     so `heal` ends all cuts of it at once. The same goes for `hold` and `release`. What is cut and held is lost.
 
     `link` is how frames go where `links[sender, to]` says nothing else; both can be changed at any time. Each of
-    `rules` is asked about each frame, before chance is; the first answer counts. `verdicts` counts what became of
-    frames. With `proved`, frames are sealed and signed as between machines, and each node needs an identity and trust.
+    `rules` is asked about each frame, before chance is; the first answer counts, and what it raises fails the test.
+    `verdicts` counts what became of frames. With `proved`, frames are sealed and signed as between machines, and each
+    node needs an identity and trust.
     """
 
     MAX_BUFFER = 16 * 1024 * 1024
@@ -102,10 +103,7 @@ class SimNetwork:
         self._held.update(self._pairs("hold", one, other, one_way))
 
     def release(self, one: Nodes | None = None, other: Nodes | None = None, *, one_way: bool = False) -> None:
-        """End holds: between these nodes, or all of them. What waited arrives, in order, as if it was sent now.
-
-        So it is lost where the link is cut; but chance and rules are not asked again.
-        """
+        """End holds: between these nodes, or all of them. What waited arrives now, in order; over a cut it is lost."""
         pairs = self._pairs("release", one, other, one_way)
         self._held.difference_update(pairs)
         if (wires := self._live()) is not None:
@@ -123,10 +121,11 @@ class SimNetwork:
         Raises:
             ValueError: It is not there.
         """
-        if self._wires is None or node not in self.nodes:
+        wires = self._live()
+        if wires is None or node not in wires.places:
             raise ValueError(f"there is no node {node!r} to crash in {self!r}")
-        self._wires.loop.note(f"{node} is gone from the network")
-        self._wires.crash(self._wires.places[node])
+        wires.loop.note(f"{node} is gone from the network")
+        wires.crash(wires.places[node])
 
     def _pairs(self, verb: str, one: Nodes | None, other: Nodes | None, one_way: bool) -> list[tuple[str, str]]:
         """Return who sends, and who receives; without names, all."""
@@ -157,20 +156,20 @@ class SimNetwork:
         return names
 
     def _live(self) -> Wires | None:
-        """Return the wires, if there are any nodes."""
-        return self._wires if self._wires is not None and not self._wires.loop.is_closed() else None
+        """Return the wires, unless nobody has joined in this simulation."""
+        return None if self._wires is None or self._wires.loop.is_closed() else self._wires
 
     # --- for transports
 
     def know(self, name: str) -> None:
-        """Take note that there is a node of that name, though it may not have joined yet."""
+        """Take note that there is, or will be, a node of that name."""
         self._known[name] = None
 
     def join(self, name: str, node: str, receiver: Receiver) -> Place:
         """Let `node` join, which is called `name` here.
 
         Raises:
-            ValueError: A node of that name or of that id has joined already.
+            ValueError: A node of that name or id has joined already.
             RuntimeError: This is no simulation.
         """
         loop = asyncio.get_running_loop()
@@ -228,7 +227,7 @@ class SimNetwork:
         return Verdict.HOLD if (sender, to) in self._held else None
 
     def _verdict(self, wires: Wires, sender: str, to: str, frame: bytes) -> Verdict:
-        """Return what becomes of a frame. What a rule raises fails the test, and not the sender, who would hide it."""
+        """Return what becomes of a frame; the sender would hide what a rule raises."""
         try:
             verdict = self._blocked(sender, to) or self._ruling(sender, to, frame)
             return verdict or self._link_of(sender, to).verdict(wires.rng.random())

@@ -11,6 +11,7 @@ import pytest
 from meshkit import CallTimeout, Message, PeerLost, Runtime, Service, Unreachable, _time, broadcast, handles, request
 from meshkit.runtime import Identity
 from meshkit.testing import (
+    CancellationPoint,
     Crashed,
     Leak,
     Link,
@@ -19,6 +20,7 @@ from meshkit.testing import (
     SimNetwork,
     SimNode,
     Verdict,
+    cancellation_points,
     run,
     simulate,
     simulated,
@@ -544,6 +546,29 @@ async def test_a_start_or_stop_that_is_cancelled_ends_as_a_crash(sim: SimLoop) -
             assert not (machine and machine.tasks)
         await cluster.start("bob")
         assert bob.up
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "restart", "run"])
+def test_a_verb_that_is_cancelled_at_any_await_leaves_a_cluster_that_goes_on(verb: str) -> None:
+    def slow(node: SimNode) -> Runtime:
+        rt = Runtime(node.name, [Slow()], transport=node.transport(), identity=node.identity)
+        rt.logger.set_service_enabled("slow", False)
+        return rt
+
+    for point in cancellation_points():
+
+        async def main(sim: SimLoop, point: CancellationPoint = point) -> None:
+            async with SimCluster(slow, ["alice", "bob"]) as cluster:
+                if verb == "start":
+                    cluster.crash()
+                await point.cancel(cluster["bob"].run(asyncio.sleep(1)) if verb == "run" else getattr(cluster, verb)())
+                for node in cluster:
+                    await node.over()
+                assert not [task for task in sim.tasks if "meshkit:bob" in task.get_name() and not cluster["bob"].up]
+                await cluster.start()
+                await cluster.until(cluster.connected, timeout=20)
+
+        simulated(1, main)
 
 
 @cluster_test
