@@ -176,7 +176,7 @@ def lie(cluster: SimCluster, liar: str, victim: str) -> None:
     """Let a node answer, wrongly, whatever its victim has asked of others: it is trusted, and has learned the ids."""
     node, life = cluster[liar], cluster[victim].rt._life
     assert life is not None
-    ids = [call_id for call_id, (to, _) in life.router.calls._asked.items() if to != node.id]
+    ids = [call_id for call_id, (to, *_) in life.router.calls._asked.items() if to != node.id]
 
     async def answer() -> None:
         own = node.rt._life
