@@ -86,7 +86,7 @@ def examples(session: nox.Session) -> None:
 
 @nox.session
 def simulate(session: nox.Session) -> None:
-    """Simulate a cluster with the seeds 0 to MESHKIT_SEEDS (1000); after `--`: `calls 1000000`, or `hour`."""
+    """Simulate a cluster with the seeds 0 to MESHKIT_SEEDS (1000); after `--`: `mutants`, `calls 1000000`, `hour`."""
     session.install(".", *_packages("test"))
     session.run("python", "-m", "tests.simulation", *(session.posargs or ["cluster"]))
 

@@ -70,7 +70,8 @@ class Calls:
         self._registry: CallRegistry[msgspec.Raw] = CallRegistry(name=f"calls of node {node!r}")
         self._loop = asyncio.get_running_loop()
         self._now = _time.clock_of(self._loop)
-        self._asked: dict[str, tuple[str, str]] = {}  # by id of a call: the node that was asked, and the kind
+        # By id of a call: the node that was asked, the kind, and when.
+        self._asked: dict[str, tuple[str, str, float]] = {}
 
     def __len__(self) -> int:
         return len(self._registry)
@@ -92,7 +93,7 @@ class Calls:
         payload = encode_payload(message.payload)
         self._check_size(to, len(payload))
         ask = Ask(call_id, kind, behavior.version, message.time, milliseconds, payload)
-        self._asked[call_id] = (to, kind)
+        self._asked[call_id] = (to, kind, message.time)
         try:
             reply = await self._registry.call(functools.partial(self._send, to, ask, then), timeout=timeout, id=call_id)
         except BaseException as error:
@@ -120,12 +121,12 @@ class Calls:
 
     def answered(self, sender: str, answer: Reply | Failure) -> bool:
         """Take an answer; return whether it may be one: it is not, if another node was asked."""
-        asked, kind = self._asked.get(answer.id, (sender, ""))
+        asked, kind, time = self._asked.get(answer.id, (sender, "", 0.0))
         if asked != sender:
             return False
         if isinstance(answer, Reply):
             self._registry.resolve(answer.id, answer.payload)
-        else:
+        elif not answer.refuses or answer.asked in {0.0, time}:  # else it was asked again since, and may run
             self._registry.reject(answer.id, to_error(answer, sender, kind, self._node))
         return True
 
@@ -139,7 +140,7 @@ class Calls:
             if asked[0] == node:
                 self._loop.call_soon(self._lost, call_id, asked)
 
-    def _lost(self, call_id: str, asked: tuple[str, str]) -> None:
+    def _lost(self, call_id: str, asked: tuple[str, str, float]) -> None:
         if self._asked.get(call_id) is asked:  # else it has ended meanwhile, and its id may be used again
             self._registry.reject(call_id, PeerLost(node=asked[0]))
 

@@ -24,7 +24,7 @@ from meshkit.runtime.message import Message
 from meshkit.runtime.service import Reject, Service
 from meshkit.runtime.stages import Continue
 from meshkit.runtime.supervisor import ENDS_THE_PROCESS, Supervisor, take_back_cancellations
-from meshkit.runtime.wire import Failure, Reply, encode_payload, refusal
+from meshkit.runtime.wire import Failure, Reply, Why, encode_payload, refusal
 
 __all__ = ["Dispatcher"]
 
@@ -138,10 +138,11 @@ class Dispatcher:
             return True
         if not delivery.caller_waits or (delivery.scope is not None and delivery.scope.cancel_called):
             delivery.again = message  # its turn comes when the handler that is being cancelled has ended
-        elif message.deadline > delivery.message.deadline:
-            delivery.message = msgspec.structs.replace(delivery.message, deadline=message.deadline)
+        else:
+            deadline = max(message.deadline, delivery.message.deadline)
+            delivery.message = msgspec.structs.replace(delivery.message, deadline=deadline, time=message.time)
             if delivery.scope is not None:
-                delivery.scope.deadline = message.deadline
+                delivery.scope.deadline = deadline
         return True
 
     def knows(self, caller: str, call_id: str) -> bool:
@@ -245,13 +246,13 @@ class Dispatcher:
         message, again = delivery.message, delivery.again
         del self.serving[message.sender, message.id]
         if answer is None and again is not None:
-            fresh = msgspec.structs.replace(message, deadline=again.deadline)
+            fresh = msgspec.structs.replace(message, deadline=again.deadline, time=again.time)
             refused = self.serve(delivery.handler, fresh, delivery.size)
             if refused is None:
                 return
             why = "draining" if isinstance(refused, Draining) else "overloaded"
             self._journal.drop(message.kind, "mailbox", why, message.id, message.sender)
-            answer = refusal(message.id, refused)
+            answer = msgspec.structs.replace(refusal(message.id, refused), asked=again.time)
         if answer is None:
             return
         if isinstance(answer, Reply) or (answer.why == "failed" and not answer.retryable):
@@ -276,7 +277,8 @@ class Dispatcher:
             if delivery.is_call:
                 message = delivery.message
                 del self.serving[message.sender, message.id]
-                self._answer(message.sender, Failure(message.id, "draining" if delivery.attempts == 1 else "cut"))
+                why: Why = "draining" if delivery.attempts == 1 else "cut"
+                self._answer(message.sender, Failure(message.id, why, asked=message.time))
 
     def _cut(self, delivery: Delivery) -> None:
         self._journal.cut[delivery.message.kind] += 1

@@ -130,7 +130,7 @@ class Intake:
         self._refuse(opened.sender, Stale())
         for wire in wires:
             if isinstance(wire, Ask) and not opened.to_all and not self._dispatcher.knows(opened.sender, wire.id):
-                late = Failure(wire.id, "not_accepted", "it was sent too long ago")
+                late = Failure(wire.id, "not_accepted", "it was sent too long ago", asked=wire.time)
                 self._answer(opened.sender, Failure(wire.id, "cut") if opened.before_start else late)
 
     def take(self, sender: str, wire: Wire) -> None:
@@ -181,10 +181,10 @@ class Intake:
         if route is None or not isinstance(route.behavior, Request):
             stage, error = self._no_route(ask.kind, ask.version)
             self._journal.drop(self._known(ask.kind), stage, reason_of(error), ask.id, sender)
-            self._answer(sender, refusal(ask.id, error))
+            self._answer(sender, replace(refusal(ask.id, error), asked=ask.time))
         elif self.draining and sender != self._node and not self._dispatcher.knows(sender, ask.id):
             self._journal.drop(ask.kind, "mailbox", "draining", ask.id, sender)
-            self._answer(sender, Failure(ask.id, "draining"))
+            self._answer(sender, Failure(ask.id, "draining", asked=ask.time))
         else:
             deadline = math.floor((self._now() + ask.remaining / 1000) * _GRID) / _GRID
             message = Message(ask.id, ask.kind, sender, ask.payload, ask.time, ask.version, deadline)
@@ -201,7 +201,7 @@ class Intake:
                 self._journal.drop(ask.kind, "mailbox", reason_of(full), ask.id, sender)
                 answer = refusal(ask.id, full)
             if answer is not None:
-                self._answer(sender, answer)
+                self._answer(sender, replace(answer, asked=ask.time))
 
     def _stopped(self, route: Route, message: Message[Any], size: int, stopped: Stopped) -> Failure | None:
         """Take note of a message that a stage stopped; return what its caller is to be told, if anything."""

@@ -102,7 +102,10 @@ Why: TypeAlias = Literal[
 
 
 class Failure(_Travels, tag="f", frozen=True):
-    """Why the request with this `id` has no reply. What only some of the reasons need has a default."""
+    """Why the request with this `id` has no reply. What only some of the reasons need has a default.
+
+    A request may be sent again, under its id, while a refusal is under way: `asked` is the `time` of the one refused.
+    """
 
     id: _Id
     why: Why
@@ -112,6 +115,12 @@ class Failure(_Travels, tag="f", frozen=True):
     retry_after: float | None = None
     code: str = ""
     retryable: bool = False
+    asked: _Time = 0.0
+
+    @property
+    def refuses(self) -> bool:
+        """Whether it says that a handler has not begun."""
+        return self.why not in {"cut", "failed"}
 
 
 class Cancel(_Travels, tag="c", frozen=True):

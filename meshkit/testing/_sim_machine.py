@@ -49,11 +49,13 @@ class Machine:
 
     def pause(self) -> None:
         """Stop it, as a virtual machine is stopped: nothing on it runs, while its clocks go on. Twice is harmless."""
-        self._loop.paused.add(self)
+        if self not in self._loop.paused:
+            self._loop.paused.append(self)
 
     def resume(self) -> None:
         """Let it go on: all that has become due meanwhile runs now, late. Harmless if it is not paused."""
-        self._loop.paused.discard(self)
+        if self in self._loop.paused:
+            self._loop.paused.remove(self)
         held, self.held = self.held, []
         self._loop.run_now(held)
 

@@ -1,16 +1,15 @@
-"""One computer of a `SimCluster`: what runs on it, what it keeps, and its end."""
+"""One computer of a `SimCluster`: what it keeps through all its lives, and what it is told to do."""
 
 import asyncio
-import random
+import math
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
-from meshkit.errors import Unreachable
-from meshkit.runtime.frame import Prover
+from meshkit import _check
 from meshkit.runtime.identity import Identity
 from meshkit.runtime.runtime import Runtime
 from meshkit.runtime.supervisor import was_cancelled
-from meshkit.runtime.transport import Receiver
+from meshkit.testing._sim_life import Life, LifeTransport, ended
 from meshkit.testing._sim_machine import Machine, current
 from meshkit.testing._sim_store import SimStore
 from meshkit.testing.sim_loop import SimLoop
@@ -23,45 +22,11 @@ class Crashed(RuntimeError):
     """The computer crashed before what ran on it had ended, or is off."""
 
 
-class _Boot:
-    """A computer from when it is switched on until it is off."""
-
-    def __init__(self, machine: Machine, store: SimStore) -> None:
-        self.machine = machine
-        self.store = store
-        self.off = self.crashed = False
-        self.rt: Runtime | None = None
-
-
-class _NodeTransport(SimTransport):
-    """Is used by its own computer only, and only while that is on."""
-
-    def __init__(self, network: SimNetwork, boot: _Boot) -> None:
-        super().__init__(network)
-        self._boot = boot
-
-    async def start(self, node: str, receiver: Receiver, prover: Prover | None) -> None:
-        self._require_its_computer(node)
-        await super().start(node, receiver, prover)
-
-    def send(self, to: str, frame: bytes) -> None:
-        self._require_its_computer(to)
-        super().send(to, frame)
-
-    def broadcast(self, frame: bytes) -> None:
-        self._require_its_computer("every node")
-        super().broadcast(frame)
-
-    def _require_its_computer(self, to: str) -> None:
-        if self._boot.off:
-            raise Unreachable(node=to, reason="this computer is off")
-        if current.get() is not self._boot.machine:
-            name = self._boot.machine.name
-            raise Unreachable(node=to, reason=f"this runs outside of its computer: `await cluster[{name!r}].run(...)`")
-
-
 class SimNode:
     """One computer of a `SimCluster`, with one runtime."""
+
+    PATIENCE = 1_000
+    """How often the tasks of a computer that has crashed are cancelled until they end."""
 
     def __init__(self, name: str, sim: SimLoop, network: SimNetwork) -> None:
         self.name = name
@@ -69,13 +34,15 @@ class SimNode:
         """Its keys, the same after each restart; None if the network is not proved."""
         self.id = name if self.identity is None else self.identity.node_id
         """The id of its runtime."""
-        self.rate = 1.0
-        """How fast its clocks go, from its next start on: 1.0001 gains 8.6 s in a day."""
+        network.know(name)
         self._network = network
+        self._rng = sim.stream(f"disk of {name}")
         self._sim = sim
         self._disk: dict[str, Any] = {}
+        self._rate = 1.0
         self._wall_offset = 0.0
-        self._boot: _Boot | None = None
+        self._changing = asyncio.Lock()  # it starts or stops
+        self._life: Life | None = None
 
     def __repr__(self) -> str:
         return f"SimNode({self.name!r}, {self.state})"
@@ -83,7 +50,7 @@ class SimNode:
     @property
     def up(self) -> bool:
         """Whether it is on: it may still be starting, or be paused."""
-        return self._boot is not None and not self._boot.off
+        return self._life is not None and not self._life.off
 
     @property
     def paused(self) -> bool:
@@ -98,9 +65,9 @@ class SimNode:
     @property
     def rt(self) -> Runtime:
         """Its runtime, or the last one that it had. Look at it from anywhere, but let its verbs `run` on this node."""
-        if self._boot is None or self._boot.rt is None:
+        if self._life is None or self._life.rt is None:
             raise Crashed(f"node {self.name!r} has not started")
-        return self._boot.rt
+        return self._life.rt
 
     @property
     def machine(self) -> Machine:
@@ -109,8 +76,20 @@ class SimNode:
 
     @property
     def store(self) -> SimStore:
-        """Its disk: what it keeps when it is off."""
-        return self._required().store
+        """Its disk: what it keeps when it is off. It is for what runs on this computer now, and for the test."""
+        life, here = self._required(), current.get()
+        if here not in {None, life.machine}:
+            raise RuntimeError(f"the store of {self!r} is not for what runs on another computer, or before its restart")
+        return life.store
+
+    @property
+    def rate(self) -> float:
+        """How fast its clocks go, from its next start on: 1.0001 gains 8.6 s in a day."""
+        return self._rate
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        self._rate = _check.duration("rate", rate)
 
     @property
     def wall_offset(self) -> float:
@@ -119,92 +98,127 @@ class SimNode:
 
     @wall_offset.setter
     def wall_offset(self, seconds: float) -> None:
+        if not math.isfinite(seconds):
+            raise ValueError(f"wall_offset must be finite, not {seconds!r}")
+        self._sim.note(f"wall clock of {self.name} {seconds:+g} s")
         self._wall_offset = seconds
-        if self._boot is not None:
-            self._boot.machine.wall_offset = seconds
+        if self._life is not None:
+            self._life.machine.wall_offset = seconds
 
     def transport(self) -> SimTransport:
         """Return the transport for its runtime."""
-        return _NodeTransport(self._network, self._required())
+        return LifeTransport(self._network, self._required())
 
     async def run(self, coro: Coroutine[Any, Any, _T]) -> _T:
-        """Run `coro` on this computer and return its result, or raise what it raises.
+        """Run `coro` on this computer and return its result, or raise what it raises. To cancel this cancels it.
 
         Raises:
             Crashed: The computer crashed before it had ended, or is off.
         """
         try:
-            boot = self._required()
+            life = self._required()
         except Crashed:
             coro.close()
             raise
+        task = life.machine.create_task(coro)
         try:
-            result = await boot.machine.create_task(coro)
+            # What is paused will end when it is resumed, but who waits for it need not.
+            await ended([task], unless=lambda: life.machine in self._sim.paused)
+            result = task.result()
         except (Exception, asyncio.CancelledError):
-            if boot.crashed and not was_cancelled():
+            if life.crashed and not was_cancelled():
                 raise Crashed(f"node {self.name!r} crashed") from None
             raise
-        if boot.crashed:
+        if life.crashed:
             raise Crashed(f"node {self.name!r} crashed")
         return result
 
     @property
     def has_runtime(self) -> bool:
         """Whether `rt` may be asked for."""
-        return self._boot is not None and self._boot.rt is not None
+        return self._life is not None and self._life.rt is not None
 
     def known(self) -> set[str]:
         """Return the ids of the nodes that it knows."""
         return set(self.rt.peers) if self.has_runtime else set()
 
-    def _required(self) -> _Boot:
-        if self._boot is None or self._boot.off:
+    def _required(self) -> Life:
+        if self._life is None or self._life.off:
             raise Crashed(f"node {self.name!r} is off")
-        return self._boot
+        return self._life
 
     # --- for the cluster
 
     async def start(self, make: "Callable[[SimNode], Runtime]") -> None:
-        """Switch it on, and start its runtime."""
-        machine = self._sim.machine(self.name, rate=self.rate, wall_offset=self._wall_offset)
-        boot = self._boot = _Boot(machine, SimStore(self._disk))
+        """Switch it on, as soon as its last life is over, and start its runtime."""
+        async with self._changing:
+            if self.up:
+                raise RuntimeError(f"node {self.name!r} is up already")
+            await self.over()
+            machine = self._sim.machine(self.name, rate=self.rate, wall_offset=self._wall_offset)
+            before, life = self._life, Life(self._sim, machine, SimStore(self._disk))
+            self._life = life
 
-        async def start() -> None:
-            rt = boot.rt = make(self)
-            if rt.node != self.id:
-                raise ValueError(f"the runtime of {self!r} has the id {rt.node!r}: give it node.name and node.identity")
-            await rt.start()
-            if self.id not in self._network.nodes:
-                raise ValueError(f"the runtime of {self!r} is not on the network: give it node.transport()")
+            async def start() -> None:
+                life.rt = self._made(make, before.rt if before else None)
+                await life.rt.start()
+                if self.name not in self._network.nodes:
+                    raise ValueError(f"the runtime of {self!r} is not on the network: give it node.transport()")
 
-        await self.run(start())
+            try:
+                await self.run(start())
+            except BaseException:
+                if not life.off:
+                    self.crash()
+                raise
+
+    def require_up(self) -> None:
+        """Raise `Crashed` if it is off."""
+        self._required()
+
+    def _made(self, make: "Callable[[SimNode], Runtime]", before: Runtime | None) -> Runtime:
+        """Return a new runtime; `before` is the one of its last life."""
+        rt: object = make(self)
+        if not isinstance(rt, Runtime):
+            if asyncio.iscoroutine(rt):
+                rt.close()
+            raise TypeError(f"make must return a Runtime, not {rt!r}")
+        if rt.node != self.id:
+            raise ValueError(f"the runtime of {self!r} has the id {rt.node!r}: give it node.name and node.identity")
+        if before is not None and {*map(id, [rt, *rt.services])} & {*map(id, [before, *before.services])}:
+            raise ValueError(
+                f"the runtime of {self!r}, or a service of it, has been used before its restart: make new ones, "
+                "since all that a computer keeps is in its store"
+            )
+        return rt
 
     async def stop(self) -> None:
-        """Stop its runtime in good order, and switch it off."""
-        boot = self._required()
-        boot.machine.resume()
-        try:
-            await self.run(self.rt.stop())
-        finally:
-            if not boot.off:
-                boot.off = True
-                boot.store.close()
+        """Stop its runtime in good order, and switch it off; if it is just starting, after that."""
+        life = self._required()
+        life.machine.resume()
+        async with self._changing:
+            if life.crashed:
+                raise Crashed(f"node {self.name!r} crashed")
+            if life.off:
+                return
+            try:
+                await self.run(self.rt.stop())
+            except asyncio.CancelledError:
+                if not life.off:  # it is no longer up, and will not be down
+                    self.crash()
+                raise
+            finally:
+                life.stop()
 
-    def crash(self, rng: random.Random) -> Machine:
-        """Cut its links, then switch it off; return what is still on it."""
-        boot = self._required()
-        if self.id in self._network.nodes:
-            self._network.crash(self.id)
-        boot.off = boot.crashed = True
-        boot.store.crash(rng)
-        if boot.rt is not None:
-            _mute(boot.rt)
-        boot.machine.resume()  # what was held back may end, too
-        return boot.machine
+    def crash(self) -> None:
+        """Cut its links, then switch it off, and let what is still on it end."""
+        life = self._required()
+        self._sim.note(f"crash {self.name}")
+        if self.name in self._network.nodes:
+            self._network.crash(self.name)
+        life.crash(self._rng, self.PATIENCE)
 
-
-def _mute(rt: Runtime) -> None:
-    """Let a runtime log nothing more, unless it shares its logger with others."""
-    if rt._own_logger:  # pyright: ignore[reportPrivateUsage]
-        for name in ["runtime", *(service.name for service in rt.services)]:
-            rt.logger.set_service_enabled(name, False)
+    async def over(self) -> None:
+        """Return when nothing is left of its last life, if that has ended in a crash."""
+        if self._life is not None:
+            await self._life.over()

@@ -24,12 +24,12 @@ class SimStore(MutableMapping[str, Any]):
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"SimStore({len(self)} keys, {len(self._written)} not synced)"
+        return f"SimStore({len(self._keys())} keys, {len(self._written)} not synced)"
 
     def sync(self) -> None:
         """Make what was written so far survive a crash."""
         self._require_power()
-        self.flush()
+        self._flush()
 
     def __getitem__(self, key: str) -> Any:
         self._require_power()
@@ -49,20 +49,20 @@ class SimStore(MutableMapping[str, Any]):
 
     def __iter__(self) -> Iterator[str]:
         self._require_power()
-        keys = [key for key in {**self._disk, **self._written} if self._written.get(key) is not _GONE]
-        return iter(keys)
+        return iter(self._keys())
 
     def __len__(self) -> int:
-        return sum(self._written.get(key) is not _GONE for key in {**self._disk, **self._written})
+        self._require_power()
+        return len(self._keys())
+
+    def _keys(self) -> list[str]:
+        return [key for key in {**self._disk, **self._written} if self._written.get(key) is not _GONE]
 
     def _require_power(self) -> None:
         if self._closed:
             raise OSError(errno.EIO, "the computer has stopped")
 
-    # --- for the computer
-
-    def flush(self) -> None:
-        """Put on the disk what was written."""
+    def _flush(self) -> None:
         for key, value in self._written.items():
             if value is _GONE:
                 self._disk.pop(key, None)
@@ -70,9 +70,11 @@ class SimStore(MutableMapping[str, Any]):
                 self._disk[key] = value
         self._written.clear()
 
+    # --- for the computer
+
     def close(self) -> None:
         """Stop in good order: all that was written is kept."""
-        self.flush()
+        self._flush()
         self._closed = True
 
     def crash(self, rng: random.Random) -> None:

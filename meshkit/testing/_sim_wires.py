@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import enum
 import itertools
+import math
 import random
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from meshkit.testing.sim_loop import SimLoop
 LATE = 10
 """How many times as long again a frame takes, at most, that is to arrive late."""
 
+LATE_OF = 0.001
+"""Seconds that count at least in this, or nothing would come late on a link without a delay."""
 
 SILENCE = 15.0
 """Seconds after which a connection with a node that has crashed is given up."""
@@ -41,7 +44,8 @@ class Link:
     """How frames go from one node to another.
 
     `delay` and `jitter` are seconds: each frame takes the delay and up to as much as the jitter. The others are
-    probabilities, for each frame, of its `Verdict`. A frame that is to arrive late takes up to ten times as long again.
+    probabilities, for each frame, of its `Verdict`. A frame that is to arrive late takes up to ten times as long again,
+    and up to 10 ms at least.
     """
 
     delay: float = 0.001
@@ -57,7 +61,7 @@ class Link:
         for name, chance in chances.items():
             if not 0 <= chance <= 1:
                 raise ValueError(f"{name} must be a probability, from 0 to 1, not {chance!r}")
-        if sum(chances.values()) > 1:
+        if math.fsum(chances.values()) > 1:
             raise ValueError(f"the probabilities must be 1 at most together, not {chances}")
 
     def verdict(self, drawn: float) -> Verdict:
@@ -77,10 +81,11 @@ class Link:
 class Place:
     """A node, from its start to its end: one that comes back has another place."""
 
-    node: str
+    name: str  # what the network calls it
+    node: str  # what nodes call it: its id
     receiver: Receiver
     context: contextvars.Context  # in which the node is called: it says on which machine that is
-    peers: "dict[str, Place]" = field(default_factory=dict[str, "Place"])
+    peers: "dict[str, Place]" = field(default_factory=dict[str, "Place"])  # by their ids
     crashed: bool = False
 
 
@@ -107,7 +112,10 @@ class Pipe:
 
 
 class Wires:
-    """Carries packets from node to node, and keeps the connections. What is to be lost does not come here."""
+    """Carries packets from node to node, and keeps the connections. What is to be lost does not come here.
+
+    Nodes are told apart by their names.
+    """
 
     def __init__(
         self, loop: SimLoop, link_of: Callable[[str, str], Link], blocked: Callable[[str, str], Verdict | None]
@@ -135,23 +143,26 @@ class Wires:
         pipe.size += packet.size
         pipe.held.append(packet)
 
-    def release(self, pair: tuple[str, str]) -> None:
-        """Let what was held arrive, in order, as if it was sent now."""
+    def release(self, pair: tuple[str, str]) -> list[Packet]:
+        """Return what was held, in order: it waits no more."""
         pipe = self._pipes.get(pair)
-        while pipe is not None and pipe.held:
-            packet = pipe.held.popleft()
-            pipe.size -= packet.size
-            self.carry(packet)
+        if pipe is None:
+            return []
+        packets = list(pipe.held)
+        pipe.held.clear()
+        pipe.size -= sum(packet.size for packet in packets)
+        return packets
 
     def carry(self, packet: Packet, *, late: bool = False) -> None:
-        """Let a packet arrive when it is time."""
+        """Let a packet arrive in its time: after those before it, and, if it is `late`, perhaps after later ones."""
         pipe = self._pipe(packet.sender, packet.to)
-        link = self._link_of(packet.sender.node, packet.to.node)
+        link = self._link_of(packet.sender.name, packet.to.name)
         delay = link.delay + link.jitter * self.rng.random()
+        arrival = max(pipe.last, self.loop.now + delay)
         if late:
-            arrival = self.loop.now + delay * (1 + LATE * self.rng.random())
+            arrival += LATE * max(delay, LATE_OF) * self.rng.random()
         else:
-            arrival = pipe.last = max(pipe.last, self.loop.now + delay)
+            pipe.last = arrival
         self._at(arrival, packet)
 
     def _at(self, arrival: float, packet: Packet) -> None:
@@ -164,7 +175,7 @@ class Wires:
         )
 
     def _pipe(self, sender: Place, to: Place) -> Pipe:
-        return self._pipes.setdefault((sender.node, to.node), Pipe())
+        return self._pipes.setdefault((sender.name, to.name), Pipe())
 
     def _arrive(self, number: int, pipe: Pipe, packet: Packet) -> None:
         del self._under_way[number]
@@ -187,11 +198,11 @@ class Wires:
 
     def has(self, place: Place | None) -> bool:
         """Return whether this is the place of a node that has joined, and is still there."""
-        return place is not None and self.places.get(place.node) is place and not self.loop.is_closed()
+        return place is not None and self.places.get(place.name) is place and not self.loop.is_closed()
 
     def join(self, place: Place) -> None:
         """Let a node join, and connect it with those that it can reach."""
-        self.places[place.node] = place
+        self.places[place.name] = place
         self.connect(joins=place)
 
     def leave(self, place: Place) -> None:
@@ -209,7 +220,7 @@ class Wires:
         self._remove(place)
 
     def _remove(self, place: Place) -> None:
-        del self.places[place.node]
+        del self.places[place.name]
         place.peers.clear()
         if not self.places:  # nobody is there for whom anything could arrive
             for timer in self._under_way.values():
@@ -223,7 +234,7 @@ class Wires:
         for number, one in enumerate(places):
             for other in places[:number]:
                 connected = one.peers.get(other.node) is other and other.peers.get(one.node) is one
-                ways = (one.node, other.node), (other.node, one.node)
+                ways = (one.name, other.name), (other.name, one.name)
                 if not connected and not any(self._blocked(*way) for way in ways):
                     for place, peer in ((other, one), (one, other)):
                         again = place.peers.pop(peer.node, None) is not None
@@ -233,7 +244,7 @@ class Wires:
 
     def _end(self, place: Place, peer: Place) -> None:
         """Tell `peer` that its connection with `place` has ended."""
-        blocked = self._blocked(place.node, peer.node)
+        blocked = self._blocked(place.name, peer.name)
         if blocked is Verdict.HOLD:
             self.hold(Packet(place, peer, None))
         elif blocked is None:

@@ -15,19 +15,18 @@
 """
 
 import asyncio
-import contextvars
+import inspect
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
 from meshkit import _check
 from meshkit.runtime.runtime import Runtime
-from meshkit.testing._sim_machine import Machine, current
+from meshkit.testing._sim_life import ended
 from meshkit.testing._sim_node import Crashed as Crashed, SimNode as SimNode
 from meshkit.testing._sim_store import SimStore as SimStore
-from meshkit.testing._sim_wires import Wires
 from meshkit.testing.sim_loop import SimLoop
-from meshkit.testing.sim_network import Nodes, SimNetwork
+from meshkit.testing.sim_network import SimNetwork
 
 __all__ = ["Crashed", "SimCluster", "SimNode", "SimStore"]
 
@@ -38,9 +37,8 @@ class SimCluster:
     `async with` it, in a simulation: all start at once, and stop in the end; if the block fails, they crash instead.
     `cluster["alice"]` is a `SimNode`, which `make` and the test have what they need from.
 
-    Verbs take the name of one node, or several. `cut`, `heal`, `hold` and `release` are those of the network, which are
-    given names of this cluster instead of ids; without names, `heal` and `release` mean all, and `other=None` is all
-    others.
+    Verbs take the names of one node or of several; without, they mean all. `cut`, `heal`, `hold` and `release` are
+    those of the network, on which nodes go by their names, too.
 
     Args:
         make: Returns a new runtime for a node: `Runtime(node.name, [...], transport=node.transport(),
@@ -51,8 +49,6 @@ class SimCluster:
 
     POLL = 0.05
     """Seconds between two looks at a condition."""
-    PATIENCE = 1_000
-    """How often the tasks of a computer that has crashed are cancelled until they end."""
 
     def __init__(
         self, make: Callable[[SimNode], Runtime], nodes: Iterable[str], *, network: SimNetwork | None = None
@@ -63,9 +59,9 @@ class SimCluster:
         self.network = SimNetwork(proved=True) if network is None else network
         self._make = make
         self._sim = sim
-        self._rng = sim.stream("cluster")
-        self._nodes = {name: SimNode(name, sim, self.network) for name in nodes}
-        self._ends: list[asyncio.Task[None]] = []
+        self.cut, self.heal = self.network.cut, self.network.heal
+        self.hold, self.release = self.network.hold, self.network.release
+        self._nodes = {name: SimNode(name, sim, self.network) for name in _checked(nodes)}
 
     def __repr__(self) -> str:
         return f"SimCluster({', '.join(f'{node.name} {node.state}' for node in self)})"
@@ -99,9 +95,9 @@ class SimCluster:
             await self._end()
 
     async def _end(self) -> None:
-        self.crash(*(node.name for node in self if node.up))
-        for end in self._ends:
-            await end
+        self.crash()
+        for node in self:
+            await node.over()
 
     async def until(self, condition: Callable[[], object], timeout: float) -> None:
         """Return as soon as `condition()` is true.
@@ -110,7 +106,7 @@ class SimCluster:
             AssertionError: After `timeout` seconds of the simulation it is not; the message shows the state of all.
         """
         deadline = self._sim.now + _check.duration("timeout", timeout, zero=True)
-        while not condition():
+        while not _answer(condition):
             if self._sim.now >= deadline:
                 raise AssertionError(f"after {timeout:g} s it is not so: {_named(condition)}\n{self.describe()}")
             await asyncio.sleep(self.POLL)
@@ -123,7 +119,7 @@ class SimCluster:
     def describe(self) -> str:
         """Return the state of each node, one in a line, and that of the network."""
         names = {node.id: node.name for node in self}
-        lines = [f"at {self._sim.now:.3f} s, {self._named_links()}"]
+        lines = [f"at {self._sim.now:.3f} s, {self.network!r}"]
         for node in self:
             lines.append(f"  {node.name}: {node.state}")
             if node.up and node.has_runtime:
@@ -135,12 +131,6 @@ class SimCluster:
                 )
         return "\n".join(lines)
 
-    def _named_links(self) -> str:
-        text = repr(self.network)
-        for node in self:
-            text = text.replace(node.id, node.name)
-        return text
-
     # --- what nodes do
 
     async def start(self, *names: str) -> None:
@@ -151,106 +141,86 @@ class SimCluster:
             Exception: What `make`, or the start of a runtime, raised first.
         """
         nodes = self._chosen(names) if names else [node for node in self if not node.up]
-        await self._at_once("start", [(node, self._start(node)) for node in nodes])
+        await self._at_once("start", nodes, lambda node: node.start(self._make))
 
     async def stop(self, *names: str) -> None:
-        """Stop nodes in good order (by default all that are up), at once; those that are paused are resumed first."""
-        nodes = self._chosen(names) if names else [node for node in self if node.up]
-        await self._at_once("stop", [(node, node.stop()) for node in nodes])
+        """Stop nodes in good order (by default all that are up), at once; those that are paused are resumed first.
+
+        What they leave running is reported as a `Leak` when the simulation ends.
+
+        Raises:
+            Crashed: One has crashed meanwhile, or was off.
+        """
+        await self._at_once("stop", self._up(names), SimNode.stop)
 
     def crash(self, *names: str) -> None:
-        """Let nodes crash, now: links first, so that nothing that they still do reaches anybody; then their tasks."""
-        for node in self._chosen(names):
-            self._sim.note(f"crash {node.name}")
-            machine = node.crash(self._rng)
-            for task in machine.tasks:
-                task.cancel()
-            bury = contextvars.Context().run(self._sim.create_task, self._bury(machine))
-            self._ends.append(bury)
+        """Let nodes crash, now: links first, so that nothing that they still do reaches anybody; then their tasks.
+
+        Raises:
+            Crashed: One is off already; then none crashes. This goes for `pause` and `resume`, too.
+        """
+        for node in self._up(names):
+            node.crash()
 
     async def restart(self, *names: str) -> None:
         """Start nodes again, after a crash of those that are up. Nothing is left to them but their `store`."""
-        nodes = self._chosen(names)
-        self.crash(*(node.name for node in nodes if node.up))
-        await self.start(*names)
+        nodes = self._chosen(names) if names else list(self)
+        for node in nodes:
+            if node.up:
+                node.crash()
+        await self._at_once("start", nodes, lambda node: node.start(self._make))
 
     def pause(self, *names: str) -> None:
         """Stop all that runs on nodes, while their clocks go on; twice is harmless."""
-        for node in self._chosen(names):
+        for node in self._up(names):
             self._sim.note(f"pause {node.name}")
             node.machine.pause()
 
     def resume(self, *names: str) -> None:
         """Let nodes go on, with all that has become due meanwhile; harmless if they are not paused."""
-        for node in self._chosen(names):
+        for node in self._up(names):
             self._sim.note(f"resume {node.name}")
             node.machine.resume()
-
-    # --- what the network does
-
-    def cut(self, one: Nodes, other: Nodes | None = None, *, one_way: bool = False) -> None:
-        """Lose all that is sent from `one` to `other`, and back. Nobody is told."""
-        self.network.cut(*self._sides(one, other), one_way=one_way)
-
-    def heal(self, one: Nodes | None = None, other: Nodes | None = None, *, one_way: bool = False) -> None:
-        """End cuts: between these nodes, or all of them. Who could not connect, does now."""
-        self.network.heal(*((None, None) if one is None else self._sides(one, other)), one_way=one_way)
-
-    def hold(self, one: Nodes, other: Nodes | None = None, *, one_way: bool = False) -> None:
-        """Let all wait that is sent from `one` to `other`, and back."""
-        self.network.hold(*self._sides(one, other), one_way=one_way)
-
-    def release(self, one: Nodes | None = None, other: Nodes | None = None, *, one_way: bool = False) -> None:
-        """End holds: between these nodes, or all of them. What waited arrives, in order, as if it was sent now."""
-        self.network.release(*((None, None) if one is None else self._sides(one, other)), one_way=one_way)
-
-    def _sides(self, one: Nodes, other: Nodes | None) -> tuple[list[str], list[str]]:
-        """Return the ids of the nodes on both sides."""
-        ones = self._chosen([one] if isinstance(one, str) else one)
-        others = [node for node in self if node not in ones]
-        if other is not None:
-            others = self._chosen([other] if isinstance(other, str) else other)
-        return [node.id for node in ones], [node.id for node in others]
 
     # --- how
 
     def _chosen(self, names: Iterable[str]) -> list[SimNode]:
-        return [self[name] for name in names]
+        return [self[name] for name in dict.fromkeys(names)]
 
-    async def _start(self, node: SimNode) -> None:
-        if node.up:
-            raise RuntimeError(f"node {node.name!r} is up already")
-        try:
-            await node.start(self._make)
-        except BaseException:
-            self.crash(*(each.name for each in [node] if each.up))
-            raise
+    def _up(self, names: Iterable[str]) -> list[SimNode]:
+        """Return the nodes of these names, all of which must be up; without names, all that are."""
+        nodes = self._chosen(names) if names else [node for node in self if node.up]
+        for node in nodes:
+            node.require_up()
+        return nodes
 
-    async def _at_once(self, verb: str, work: "list[tuple[SimNode, Coroutine[Any, Any, None]]]") -> None:
-        """Do all of it; raise the first error when all has ended."""
-        for node, _ in work:
+    async def _at_once(
+        self, verb: str, nodes: Iterable[SimNode], work: Callable[[SimNode], Coroutine[Any, Any, None]]
+    ) -> None:
+        """Do it with all nodes; raise the first error when all has ended."""
+        for node in nodes:
             self._sim.note(f"{verb} {node.name}")
-        results = await asyncio.gather(*(coro for _, coro in work), return_exceptions=True)
-        for error in results:
-            if error is not None:
-                raise error
+        tasks = [self._sim.create_task(work(node)) for node in nodes]
+        await ended(tasks)
+        for task in tasks:
+            task.result()
 
-    async def _bury(self, machine: Machine) -> None:
-        """Let the tasks of a computer that has crashed end: wherever they wait, they are cancelled again."""
-        for _ in range(self.PATIENCE):
-            await self._sim.settle()
-            tasks = machine.tasks
-            if not tasks:
-                break
-            for task in tasks:
-                task.cancel()
-        else:
-            left = ", ".join(task.get_name() for task in machine.tasks)
-            raise RuntimeError(f"{machine.name!r} has crashed, but these tasks refuse to end: {left}")
-        for timer in self._sim.live_timers():
-            mine = timer._context.get(current) is machine  # type: ignore[attr-defined]
-            if mine and not isinstance(getattr(timer._callback, "__self__", None), Wires):  # type: ignore[attr-defined]
-                timer.cancel()
+
+def _checked(names: Iterable[str]) -> list[str]:
+    """Return the names of the nodes of a cluster."""
+    checked = list(names)
+    if isinstance(names, str) or not checked or len({*checked}) < len(checked):
+        raise ValueError(f"nodes must be one name or more, each once, like ['alice', 'bob'], and not {names!r}")
+    return checked
+
+
+def _answer(condition: Callable[[], object]) -> object:
+    answer = condition()
+    if inspect.isawaitable(answer):
+        if inspect.iscoroutine(answer):
+            answer.close()
+        raise TypeError(f"a condition must answer at once, and not be async: {_named(condition)}")
+    return answer
 
 
 def _named(condition: Callable[[], object]) -> str:

@@ -25,6 +25,7 @@ import gc
 import hashlib
 import heapq
 import itertools
+import math
 import random
 import struct
 from collections import Counter, deque
@@ -35,37 +36,12 @@ from typing import Any, TypeVar
 from meshkit import _check, _entropy
 from meshkit.testing._sim_faults import Faults
 from meshkit.testing._sim_machine import Machine as Machine, current
+from meshkit.testing._sim_order import Task, Timer, WeakOrderedSet, stepped
 from meshkit.testing.virtual_time import Livelock, VirtualTimeLoop
 
 __all__ = ["Machine", "SimLoop"]
 
 _T = TypeVar("_T")
-
-
-class _Timer(asyncio.TimerHandle):
-    """A timer that has a place among those that are due at the same time."""
-
-    __slots__ = ("_number",)
-    _when: float
-    _scheduled: bool
-
-    def __init__(
-        self,
-        when: float,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        loop: asyncio.AbstractEventLoop,
-        context: contextvars.Context | None,
-        number: int,
-    ) -> None:
-        super().__init__(when, callback, args, loop, context)
-        self._number = number
-        self._scheduled = True  # it is about to be put among the timers of the loop
-
-    def __lt__(self, other: object) -> bool:
-        if not isinstance(other, _Timer):
-            return NotImplemented
-        return (self._when, self._number) < (other._when, other._number)
 
 
 class SimLoop(VirtualTimeLoop):
@@ -75,7 +51,8 @@ class SimLoop(VirtualTimeLoop):
     callbacks (`call_soon`, timers, what futures call when they are done) in the order in which they were due. Timers
     of one moment are due in the order in which they were set.
 
-    It keeps a digest of all that ran: `trace`. Cost: up to twice that of a `VirtualTimeLoop`.
+    It keeps a digest of all that ran: `trace`. While it runs, `random` and the garbage collector of the process are its
+    own: so one at a time, and no other threads that use them. Cost: up to twice that of a `VirtualTimeLoop`.
     """
 
     MAX_STEPS = 1_000_000
@@ -85,7 +62,8 @@ class SimLoop(VirtualTimeLoop):
     """How many steps the garbage collector waits: by itself it would come when the memory, not the seed, says so."""
 
     # Beyond what VirtualTimeLoop relies on: the deque `_ready`, the `_callback` and `_context` of a handle, the
-    # `_scheduled` of a timer and `_timer_cancelled_count`. tests/testing/test_sim_loop.py fails where that changes.
+    # `_scheduled` of a timer, `_timer_cancelled_count`, `_asyncgens` and the names of what runs a step of a task (see
+    # _sim_order.py). tests/testing/test_sim_loop.py fails where that changes.
     _ready: deque[Any]
     _timer_cancelled_count: int
 
@@ -106,7 +84,11 @@ class SimLoop(VirtualTimeLoop):
         self._faults = Faults(self) if buggify else None
         self.log: Callable[[str], object] | None = None
         """Set it to `print` to see each task step."""
-        self.paused: set[Machine] = set()
+        self.paused: list[Machine] = []
+        self.hashes = self.stream("hashes")
+        """For the hashes of tasks."""
+        self.set_task_factory(Task)  # type: ignore[arg-type]  # typeshed wants a protocol of all its arguments
+        self._asyncgens = WeakOrderedSet()
         self._order = self.stream("order")
         self._entropy = self.stream("entropy")
         self._random_state = self.stream("random").getstate()
@@ -179,9 +161,11 @@ class SimLoop(VirtualTimeLoop):
         """Call `callback(*args)` at `when`; at equal times, in the order of these calls."""
         if self.is_closed():
             raise RuntimeError("the event loop is closed")
+        if math.isnan(when):
+            raise ValueError("when must be a time, not NaN")
         machine = current.get()
-        moment = when if machine is None else machine.moment(when)
-        timer = _Timer(moment, callback, args, self, context, next(self._timer_numbers))
+        timer = Timer(when if machine is None else machine.moment(when), callback, args, self, context)
+        timer.take_place(next(self._timer_numbers))
         heapq.heappush(self._scheduled, timer)
         return timer
 
@@ -279,8 +263,7 @@ class SimLoop(VirtualTimeLoop):
             if self.paused and (machine := handle._context.get(current)) in self.paused:
                 machine.held.append(handle)
                 continue
-            task: Any = getattr(handle._callback, "__self__", None)
-            if isinstance(task, asyncio.Task):
+            if (task := stepped(handle)) is not None:
                 steps.append((self._number(task), handle))
             else:
                 callbacks.append(handle)
@@ -299,7 +282,7 @@ class SimLoop(VirtualTimeLoop):
             for number, handle in steps:
                 machine = handle._context.get(current)
                 on = "" if machine is None else f" on {machine.name}"
-                self.log(f"{self._now:.6f} #{number} {handle._callback.__self__.get_name()}{on}")
+                self.log(f"{self._now:.6f} #{number} {stepped(handle).get_name()}{on}")
 
     def _number(self, task: Any) -> int:
         number: int | None = getattr(task, "_sim_number", None)

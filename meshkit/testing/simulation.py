@@ -15,8 +15,10 @@ import inspect
 import os
 import shlex
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from meshkit import _check
@@ -52,29 +54,49 @@ def simulate(*, seeds: int | Iterable[int], buggify: bool = False) -> Callable[[
         seeds: How many, from 0 on; or which. So to pin one that has failed: `[*range(20), 4711]`.
         buggify: Whether points of `meshkit.buggify` fire.
     """
-    chosen = tuple(range(_check.count("seeds", seeds))) if isinstance(seeds, int) else tuple(seeds)
-    if not chosen:
-        raise ValueError("seeds must name at least one, or the test would test nothing")
+    chosen = _chosen(seeds)
 
     def decorate(test: _Test) -> Callable[..., None]:
         signature = inspect.signature(test)
         if not inspect.iscoroutinefunction(test) or "sim" not in signature.parameters:
-            raise TypeError(f"simulate is for `async def test(sim)`, not {test!r}")
+            raise TypeError(
+                f"simulate is for `async def test(sim)`, not {test!r}; put other decorators (hypothesis.given, "
+                "staticmethod) above it"
+            )
+
+        visible = signature.replace(parameters=[each for name, each in signature.parameters.items() if name != "sim"])
 
         @functools.wraps(test)
         def run_each_seed(*args: Any, **kwargs: Any) -> None:
+            given = visible.bind(*args, **kwargs).arguments
+
+            def main(sim: SimLoop) -> Coroutine[Any, Any, None]:
+                bound = inspect.BoundArguments(signature, OrderedDict(given, sim=sim))
+                return test(*bound.args, **bound.kwargs)
+
             for seed in _seeds(chosen):
                 try:
-                    simulated(seed, lambda sim: test(*args, sim=sim, **kwargs), buggify=buggify)
+                    simulated(seed, main, buggify=buggify)
                 except BaseException as error:
                     error.add_note(f"MESHKIT_SEED={seed} {_command(test)}")
                     raise
 
-        rest = [parameter for name, parameter in signature.parameters.items() if name != "sim"]
-        run_each_seed.__signature__ = signature.replace(parameters=rest)  # type: ignore[attr-defined]
+        run_each_seed.__signature__ = visible  # type: ignore[attr-defined]
         return run_each_seed
 
     return decorate
+
+
+def _chosen(seeds: int | Iterable[int]) -> tuple[int, ...]:
+    if isinstance(seeds, int):
+        return tuple(range(_check.count("seeds", seeds)))
+    which: Any = seeds if isinstance(seeds, Iterable) else [seeds]  # type: ignore[redundant-expr]  # it may be a float
+    chosen: tuple[Any, ...] = tuple(which)
+    if any(isinstance(seed, bool) or not isinstance(seed, int) for seed in chosen):
+        raise TypeError(f"seeds must be how many, or an iterable of whole numbers, not {seeds!r}")
+    if not chosen:
+        raise ValueError("seeds must name at least one, or the test would test nothing")
+    return chosen
 
 
 def _seeds(chosen: tuple[int, ...]) -> Iterable[int]:
@@ -97,6 +119,8 @@ def _command(test: Callable[..., object]) -> str:
     if not node:
         return shlex.join(sys.orig_argv)
     path, _, name = node.partition("::")
-    if not os.path.exists(path):  # pytest names it as seen from its root directory
-        path = os.path.relpath(inspect.getfile(test))
+    for root in (Path.cwd(), *Path(inspect.getfile(test)).parents):  # pytest names it as seen from its root directory
+        if (root / path).exists():
+            path = os.path.relpath(root / path)
+            break
     return f"pytest {shlex.quote(f'{path}::{name}')}"

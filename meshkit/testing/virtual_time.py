@@ -16,8 +16,10 @@ ever end is a `Deadlock`, raised at once, with the place where every task waits.
 """
 
 import asyncio
+import gc
 import math
 import threading
+import traceback
 from asyncio import events
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -169,7 +171,7 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
 
     if not TYPE_CHECKING:  # typeshed knows these by their full signatures, which do not matter to a refusal
         run_in_executor = _refusing("a thread")
-        add_reader = add_writer = _refusing("a socket")
+        add_reader = remove_reader = add_writer = remove_writer = _refusing("a socket")
         sock_accept = sock_connect = sock_recv = sock_recv_into = sock_sendall = sock_sendfile = _refusing("a socket")
         sock_recvfrom = sock_recvfrom_into = sock_sendto = _refusing("a socket")
         create_connection = create_unix_connection = create_datagram_endpoint = _refusing("a connection")
@@ -177,7 +179,11 @@ class VirtualTimeLoop(asyncio.BaseEventLoop):
         create_server = create_unix_server = _refusing("a server")
         connect_read_pipe = connect_write_pipe = _refusing("a pipe")
         subprocess_exec = subprocess_shell = _refusing("a process")
-        add_signal_handler = _refusing("a signal")
+        add_signal_handler = remove_signal_handler = _refusing("a signal")
+
+
+_HIDING = {"anext_awaitable", "async_generator_asend", "async_generator_athrow", "coroutine_wrapper"}
+"""Types that tell only the garbage collector what they await."""
 
 
 def _stack(task: "asyncio.Task[Any]") -> list[str]:
@@ -185,17 +191,32 @@ def _stack(task: "asyncio.Task[Any]") -> list[str]:
     awaited: Any = task.get_coro()
     places: list[str] = []
     while awaited is not None:
-        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
+        if type(awaited).__name__ in _HIDING:
+            awaited = gc.get_referents(awaited)[0]
+            continue
+        frame, inner = None, None
+        for kind, awaits in (("cr", "cr_await"), ("gi", "gi_yieldfrom"), ("ag", "ag_await")):
+            frame = frame or getattr(awaited, f"{kind}_frame", None)
+            inner = inner or getattr(awaited, awaits, None)
         if frame is not None:
             places.append(f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}")
-        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+        awaited = inner
     return places or ["not started"]
+
+
+def _describe(context: dict[str, Any]) -> str:
+    """Describe what went to the loop's exception handler."""
+    told = {key: value for key, value in context.items() if key != "source_traceback"}
+    error = context.get("exception")
+    trace = "" if error is None else "\n" + "".join(traceback.format_exception(error)).rstrip()
+    return f"unhandled error: {told!r}{trace}"
 
 
 def run(main: Callable[[], Coroutine[Any, Any, _T]], *, loop: VirtualTimeLoop | None = None) -> _T:
     """Run `main()` on a fresh `VirtualTimeLoop` and return its result; fail if it leaves anything behind.
 
-    `loop` is another one to run on, which is closed in the end.
+    `loop` is another one to run on, which is closed in the end. What `main` raises comes out as it is; errors that
+    nobody has handled meanwhile are in its notes, since they may be why.
 
     Raises:
         Leak: Tasks or timers are left when `main` returns, or an error went to the loop's exception handler.
@@ -207,15 +228,22 @@ def run(main: Callable[[], Coroutine[Any, Any, _T]], *, loop: VirtualTimeLoop | 
             loop.close()
         raise RuntimeError("run() starts a loop of its own and cannot be called from a running one; await main()")
     loop = VirtualTimeLoop() if loop is None else loop
-    with asyncio.Runner(loop_factory=lambda: loop) as runner:
-        unhandled: list[dict[str, Any]] = []
-        loop.set_exception_handler(lambda _, context: unhandled.append(context))
-        result = runner.run(main())
-        tasks = asyncio.all_tasks(loop)
-        left = [f"task {task.get_name()} at {_stack(task)[-1]}" for task in tasks]
-        left += [f"timer {timer!r}" for timer in loop.live_timers()]
-        left += [f"unhandled error: {context!r}" for context in unhandled]
-        if left:
-            errors = [context["exception"] for context in unhandled if "exception" in context]
-            raise Leak("left behind:\n  " + "\n  ".join(left)) from (errors[0] if errors else None)
-        return result
+    unhandled: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: unhandled.append(context))
+    try:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            result = runner.run(main())
+            tasks = sorted(asyncio.all_tasks(loop), key=lambda task: task.get_name())
+            left = [f"task {task.get_name()} at {_stack(task)[-1]}" for task in tasks]
+            left += [f"timer {timer!r}" for timer in loop.live_timers()]
+            del tasks
+        gc.collect(1)  # a task that has failed, and refers to itself, would else say too late that nobody knows
+    except BaseException as error:
+        for context in unhandled:
+            error.add_note(_describe(context))
+        raise
+    left += map(_describe, unhandled)
+    if left:
+        errors = [context["exception"] for context in unhandled if "exception" in context]
+        raise Leak("left behind:\n  " + "\n  ".join(left)) from (errors[0] if errors else None)
+    return result

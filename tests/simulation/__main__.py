@@ -1,6 +1,6 @@
-"""Simulate meshkit: `python -m tests.simulation cluster 1000`, `calls 1000000` or `hour`; each says what it has done.
+"""Simulate meshkit: `cluster` in a storm (seeds), `mutants` of it (seeds), very many `calls` (calls), or an `hour`.
 
-The exit code is 1 if something did not hold.
+It shows what it does, and what has happened. The exit code is 0 if all held, 1 if something did not.
 """
 
 import argparse
@@ -8,48 +8,96 @@ import multiprocessing
 import os
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from typing import TypeVar
+
+import pytest
 
 from meshkit.testing import simulated
 from tests.simulation.calls import timed_calls
-from tests.simulation.cluster import scenario
+from tests.simulation.cluster import EXPECTED, scenario
 from tests.simulation.hour import an_hour
+from tests.simulation.mutants import MUTANTS
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+ENOUGH = 100
+"""Seeds in which everything happens that can."""
 
 
-def play(seed: int) -> tuple[int, str]:
-    """Play the scenario of the cluster once; return what was wrong."""
+def play(seed: int) -> tuple[int, str, Counter[str]]:
+    """Play the scenario of the cluster once; return what was wrong, and what has happened."""
     try:
-        simulated(seed, scenario, buggify=True)
+        return seed, "", simulated(seed, scenario, buggify=True)
     except Exception as error:  # noqa: BLE001 - whatever it is, it is shown
-        inner = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
-        return seed, f"{type(inner).__name__}: {inner}"
-    return seed, ""
+        return seed, said(error), Counter()
 
 
-def show(done: int, count: int, begun: float) -> None:
-    """Draw a progress bar, on a terminal."""
-    if sys.stderr.isatty():
-        filled = 40 * done // count
-        left = (time.monotonic() - begun) / done * (count - done)
-        bar = "#" * filled + "." * (40 - filled)
-        print(f"\r[{bar}] {done} of {count} seeds, {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-        if done == count:
-            print(file=sys.stderr)
+def hunt(given: tuple[int, int]) -> tuple[str, int, str]:
+    """Return which of so many seeds finds a mutant first (-1: none), and what it says."""
+    mutant, seeds = MUTANTS[given[0]], given[1]
+    with pytest.MonkeyPatch.context() as patch:
+        mutant.patch(patch)
+        for seed in range(seeds):
+            _, wrong, _ = play(seed)
+            if mutant.says in wrong:
+                return mutant.name, seed, wrong.partition("\n")[0][:150]
+    return mutant.name, -1, ""
 
 
-def cluster(count: int) -> bool:
-    """Play the scenario with so many seeds, on all processors."""
-    begun, failed = time.monotonic(), 0
-    with ProcessPoolExecutor() as pool:
-        for done, future in enumerate(as_completed([pool.submit(play, seed) for seed in range(count)]), 1):
-            seed, wrong = future.result()
-            if wrong:
-                failed += 1
-                print(f"\nMESHKIT_SEED={seed} pytest tests/simulation/test_cluster.py\n  {wrong[:2000]}", flush=True)
-            show(done, count, begun)
-    seconds = time.monotonic() - begun
-    print(f"{count} seeds of five nodes in a storm: {failed} failed ({seconds:.0f} s, {os.cpu_count()} processors)")
-    return not failed
+def said(error: Exception) -> str:
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return f"{type(error).__name__}: {error}"
+
+
+def on_all_processors(work: Callable[[T], R], inputs: Sequence[T]) -> Iterator[R]:
+    """Do it for each input; show how far it is, on a terminal. Ctrl-C ends it at once."""
+    begun, terminal = time.monotonic(), sys.stderr.isatty()
+    pool = ProcessPoolExecutor()
+    try:
+        futures = [pool.submit(work, each) for each in inputs]
+        for done, future in enumerate(as_completed(futures), 1):
+            if terminal:
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+            yield future.result()
+            if terminal and done < len(inputs):
+                filled = 40 * done // len(inputs)
+                left = (time.monotonic() - begun) / done * (len(inputs) - done)
+                bar = "#" * filled + "." * (40 - filled)
+                print(f"[{bar}] {done} of {len(inputs)}, {left:.0f} s left", end="", file=sys.stderr, flush=True)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def cluster(seeds: int) -> bool:
+    """Play the scenario with so many seeds."""
+    begun, failed, happened = time.monotonic(), 0, Counter[str]()
+    for seed, wrong, what in on_all_processors(play, range(seeds)):
+        happened.update(what)
+        if wrong:
+            failed += 1
+            print(f"MESHKIT_SEED={seed} pytest tests/simulation/test_cluster.py -k storm\n  {wrong[:2000]}", flush=True)
+    for each, count in sorted(happened.items()):
+        print(f"{count:9,} {each}")
+    missed = [each for each in EXPECTED if not happened[each]] if seeds >= ENOUGH else []
+    if missed:
+        print("this never happened, so it was not tested:", ", ".join(missed))
+    print(f"{seeds} seeds of five nodes in a storm: {failed} failed ({time.monotonic() - begun:.0f} s)")
+    return not failed and not missed
+
+
+def mutants(seeds: int) -> bool:
+    """See which of so many seeds finds each fault that is put into meshkit."""
+    found = 0
+    for mutant, seed, says in on_all_processors(hunt, [(number, seeds) for number in range(len(MUTANTS))]):
+        print(f"{mutant}: " + (f"seed {seed} says: {says}" if seed >= 0 else "NOT FOUND"), flush=True)
+        found += seed >= 0
+    print(f"{found} of {len(MUTANTS)} faults are found within {seeds} seeds")
+    return found == len(MUTANTS)
 
 
 def calls(count: int) -> bool:
@@ -70,18 +118,28 @@ def hour() -> bool:
     return True
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return number
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
-    parser.add_argument("what", choices=["cluster", "calls", "hour"])
-    parser.add_argument("count", nargs="?", type=int, help="how many seeds (1000), or calls (100000)")
+    commands = parser.add_subparsers(dest="what", required=True)
+    seeds = os.environ.get("MESHKIT_SEEDS") or "1000"
+    for run, default, what in ((cluster, seeds, "seeds"), (mutants, "200", "seeds"), (calls, "100000", "calls")):
+        command = commands.add_parser(run.__name__, help=run.__doc__)
+        command.add_argument("count", nargs="?", type=positive, default=default, help=f"how many {what} ({default})")
+        command.set_defaults(run=lambda given, run=run: run(given.count))
+    commands.add_parser("hour", help=hour.__doc__).set_defaults(run=lambda _: hour())
     given = parser.parse_args()
-    if given.what == "hour":
-        kept = hour()
-    elif given.what == "calls":
-        kept = calls(given.count or 100_000)
-    else:
-        kept = cluster(given.count or int(os.environ.get("MESHKIT_SEEDS") or 1000))
-    return 0 if kept else 1
+    try:
+        return 0 if given.run(given) else 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

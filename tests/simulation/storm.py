@@ -3,15 +3,15 @@
 import asyncio
 import itertools
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from msgspec import Raw
 
 from meshkit.runtime.wire import Reply
 from meshkit.testing import Crashed, Link, SimCluster, SimLoop, Verdict
 from meshkit.testing._sim_wires import Packet, Place
-from tests.simulation.world import World
+from tests.simulation.books import SKEW, World
+from tests.simulation.world import ask_once, outcome
 
 LINKS = [
     Link(delay=0.005, jitter=0.01),
@@ -20,8 +20,8 @@ LINKS = [
     Link(delay=0.005, jitter=0.04, reordering=0.5),
 ]
 CALM = LINKS[0]
-SKEW = 3.0
-"""Seconds by which a wall clock is wrong at most, in either direction."""
+FLOOD = 50
+"""Calls at once: more than wait or run at one node."""
 
 
 class Storm:
@@ -35,19 +35,11 @@ class Storm:
 
     async def rage(self, seconds: float) -> None:
         until = self.world.sim.now + seconds
-        faults = [
-            self.crash,
-            self.stop,
-            self.pause,
-            self.partition,
-            self.one_way,
-            self.weather,
-            self.jump,
-            self.swizzle,
-        ]
         async with asyncio.TaskGroup() as group:
             while self.world.sim.now < until:
-                group.create_task(self.rng.choice(faults)())
+                fault = self.rng.choice(self.FAULTS)
+                self.world.happened[f"storm: {fault.__name__}"] += 1
+                group.create_task(fault(self))
                 await asyncio.sleep(self.rng.uniform(0.2, 5))
         self.cluster.heal()
         self.cluster.release()
@@ -60,15 +52,6 @@ class Storm:
     def one_up(self) -> str | None:
         up = [node.name for node in self.cluster if node.up]
         return self.rng.choice(up) if up else None
-
-    @contextmanager
-    def stalled(self) -> Iterator[None]:
-        interval = [self.world.sim.now, float("inf")]
-        self.world.stalls.append(interval)
-        try:
-            yield
-        finally:
-            interval[1] = self.world.sim.now
 
     async def crash(self) -> None:
         if (name := self.one_up()) is not None:
@@ -94,7 +77,7 @@ class Storm:
         if name is None or self.cluster[name].paused:
             return
         machine = self.cluster[name].machine
-        with self.stalled():
+        with self.world.stalled([name]):
             machine.pause()
             try:
                 await asyncio.sleep(self.rng.uniform(0.1, 10))
@@ -123,7 +106,7 @@ class Storm:
         """Clog some links one after the other, then let them go in another order."""
         pairs = list(itertools.permutations(self.names, 2))
         chosen = self.rng.sample(pairs, self.rng.randrange(1, len(pairs) // 2))
-        with self.stalled():
+        with self.world.stalled(chosen):
             for one, other in chosen:
                 self.cluster.hold(one, other, one_way=True)
                 await asyncio.sleep(self.rng.uniform(0, 0.3))
@@ -131,14 +114,28 @@ class Storm:
                 self.cluster.release(one, other, one_way=True)
                 await asyncio.sleep(self.rng.uniform(0, 0.3))
 
+    async def flood(self) -> None:
+        """Let one node ask another for more than it can take."""
+        one, other = (self.cluster[name] for name in self.rng.sample(self.names, 2))
+        if one.up and one.has_runtime:
+            async with asyncio.TaskGroup() as group:
+                for number in range(FLOOD):
+                    call = self.world.call(flaky=number % 5 == 0)
+                    group.create_task(outcome(one, ask_once(self.world, one.rt, call, other.id, 0.3, 2.0)))
+
+    FAULTS = (crash, stop, pause, partition, one_way, weather, jump, swizzle, flood)
+
 
 class Forger:
-    """Hears all that is sent. Before some frames it sends a copy that is not genuine; what has arrived, again."""
+    """Hears all that is sent. Before some frames it sends a copy that is not genuine; what has arrived, again.
+
+    What arrived at a node is sent again also when that has started anew, and has forgotten it.
+    """
 
     def __init__(self, cluster: SimCluster, sim: SimLoop) -> None:
         self.network = cluster.network
         self.rng = sim.stream("forger")
-        self.arrived: list[tuple[Place, str, bytes]] = []
+        self.arrived: list[tuple[str, str, bytes]] = []  # to whom, from whom, and what
         self.network.rules.append(self.rule)
 
     def rule(self, sender: str, to: str, frame: bytes) -> Verdict | None:
@@ -154,23 +151,24 @@ class Forger:
             place, bit = self.rng.randrange(90, len(frame)), 1 << self.rng.randrange(8)
             wires.carry(Packet(one, other, frame[:place] + bytes([frame[place] ^ bit]) + frame[place + 1 :]))
         elif drawn < 0.3 and self.arrived:
-            other, sender, frame = self.rng.choice(self.arrived[-200:])
-            if (peer := other.peers.get(sender)) is not None:
-                wires.carry(Packet(peer, other, frame))
+            to, sender, frame = self.rng.choice(self.arrived[-5000:])
+            again = wires.places.get(to)
+            if again is not None and (peer := again.peers.get(sender)) is not None:
+                wires.carry(Packet(peer, again, frame))
         return None
 
 
 class Ear:
     """Stands where the receiver of a node stood, and remembers what has arrived: only that may never count again."""
 
-    def __init__(self, place: Place, arrived: list[tuple[Place, str, bytes]]) -> None:
-        self.place = place
+    def __init__(self, place: Place, arrived: list[tuple[str, str, bytes]]) -> None:
+        self.node = place.name
         self.receiver = place.receiver
         self.found, self.lost = self.receiver.found, self.receiver.lost
         self.arrived = arrived
 
     def received(self, sender: str, frame: bytes) -> None:
-        self.arrived.append((self.place, sender, frame))
+        self.arrived.append((self.node, sender, frame))
         self.receiver.received(sender, frame)
 
 
@@ -178,7 +176,7 @@ def lie(cluster: SimCluster, liar: str, victim: str) -> None:
     """Let a node answer, wrongly, whatever its victim has asked of others: it is trusted, and has learned the ids."""
     node, life = cluster[liar], cluster[victim].rt._life
     assert life is not None
-    ids = [call_id for call_id, (to, _) in life.router.calls._asked.items() if to != node.id]
+    ids = [call_id for call_id, (to, *_) in life.router.calls._asked.items() if to != node.id]
 
     async def answer() -> None:
         own = node.rt._life

@@ -1,12 +1,11 @@
-"""What the nodes of the simulated cluster do, and the books that are kept of it outside of them."""
+"""What the nodes of the simulated cluster do, and how they ask one another."""
 
 import asyncio
-from collections import Counter
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
-import msgspec
+import anyio
 
 from meshkit import (
     CircuitBreaker,
@@ -16,147 +15,114 @@ from meshkit import (
     Refused,
     Reject,
     RemoteError,
+    Retrier,
+    RetryPolicy,
     Runtime,
     Service,
     State,
+    TooFewReplies,
     _time,
     broadcast,
     handles,
+    local,
     request,
 )
-from meshkit.testing import Crashed, SimCluster, SimLoop, SimNode
-
-
-class Work(msgspec.Struct, frozen=True):
-    id: str
-    seconds: float
-    then: str | None = None  # another node, that is asked meanwhile
-
+from meshkit.testing import Crashed, SimCluster, SimNode
+from tests.simulation.books import RETRIES, Attempt, Call, Run, Told, Work, World
 
 WORK = request("sim:work", Work, reply=str)
+FLAKY = request(
+    "sim:flaky",
+    Work,
+    reply=str,
+    order_by="sender",
+    max_mailbox=5,
+    max_concurrent=2,
+    retry=RetryPolicy(max_retries=RETRIES, base_delay=0.5),
+    on_error="drop",
+)
 NEWS = broadcast("sim:news", str)
+NOTE = local("sim:note", str, max_mailbox=2, max_concurrent=1)
 
-TRANSIT = 0.5
-"""Seconds that a frame takes at most, where nothing holds it up."""
-SLACK = 0.25
-"""Seconds by which clocks that are one per cent off may differ about a deadline."""
 RESET_TIMEOUT = 3.0
-MAILBOX, CONCURRENT = 20, 4
-
-
-@dataclass(eq=False)
-class Call:
-    """What a caller wants done, and what came of it."""
-
-    id: str
-    deadline: float = 0.0
-    errors: list[BaseException] = field(default_factory=list)  # one for each attempt that failed
-    replied: bool = False
-
-
-class World:
-    """The books. Whoever finds that something is not as it must be raises an AssertionError."""
-
-    def __init__(self, sim: SimLoop) -> None:
-        self.sim = sim
-        self.calls: dict[str, Call] = {}
-        self.starts: Counter[str] = Counter()
-        self.running: Counter[str] = Counter()
-        self.effects: Counter[tuple[str, Runtime]] = Counter()
-        self.news: Counter[tuple[str, Runtime]] = Counter()
-        self.outcomes: Counter[str] = Counter()
-        self.stalls: list[list[float]] = []  # when something was paused or held, from and until
-        self.wrong: list[str] = []
-        self.runtimes: list[Runtime] = []
-
-    def check(self, holds: object, text: str) -> None:
-        """Take note of what is wrong; it is raised by whoever looks next: a handler's own error would be hidden."""
-        if not holds:
-            self.wrong.append(f"at {self.sim.now:.3f} s: {text}")
-
-    def stalled(self, since: float) -> float:
-        """Return for how long something stood still since then."""
-        now = self.sim.now
-        return sum(max(0.0, min(end, now) - max(begin, since)) for begin, end in self.stalls)
-
-    def call(self) -> Call:
-        number = len(self.calls)
-        self.calls[f"c{number}"] = call = Call(f"c{number}")
-        return call
-
-    def begin(self, work: Work) -> None:
-        call, now = self.calls[work.id], self.sim.now
-        late = now - call.deadline - self.stalled(call.deadline - 30) - TRANSIT * (1 + work.id.count("/")) - SLACK
-        self.check(late <= 0, f"{work} began {late:.3f} s after its deadline and the transit")
-        self.starts[work.id] += 1
-        self.running[work.id] += 1
-
-    def effect(self, work: Work, rt: Runtime) -> None:
-        self.effects[work.id, rt] += 1
-        self.check(self.effects[work.id, rt] == 1, f"{work} took effect twice on {rt}")
-
-    def look(self) -> None:
-        """Check what must hold at any time."""
-        for rt in self.runtimes:
-            stats = rt.stats()
-            ended = stats.handled + stats.failed + stats.cancelled + stats.cut
-            self.check(stats.delivered == ended + stats.queued + stats.running, f"books of {rt}: {stats}")
-            self.check(stats.queued <= MAILBOX and stats.running <= CONCURRENT, f"bounds of {rt}: {stats}")
-            self.check(stats.pending <= 100, f"calls of {rt}: {stats}")
-        if self.wrong:
-            raise AssertionError("\n".join(self.wrong))
-
-    def settle(self) -> None:
-        """Check what must hold when all has ended."""
-        for call in self.calls.values():
-            starts = self.starts[call.id]
-            if call.replied:
-                self.check(starts, f"{call} replied, but it never began")
-            elif call.errors and all(getattr(error, "executed", "maybe") == "no" for error in call.errors):
-                self.check(not starts, f"{call} was refused, but it began")
-            if any(isinstance(error, RemoteError) and error.code != "bad_reply" for error in call.errors):
-                self.check(starts, f"{call} failed, but it never began")
-        self.check(not +self.running, f"these still run: {+self.running}")
-        self.look()
+GRACE = 1.0
 
 
 class Worker(Service):
     name = "worker"
-    max_mailbox, max_concurrent = MAILBOX, CONCURRENT
+    max_mailbox, max_concurrent = 20, 4
 
     def __init__(self, world: World, node: SimNode) -> None:
         self.world = world
         self.node = node
+        self.machine = node.machine
+        self.flaky: dict[str, str] = {}  # what is being handled, by sender
         self.breakers: dict[str, CircuitBreaker] = {}
         self.probes: dict[str, list[float]] = {}
 
+    async def start(self) -> None:
+        await asyncio.sleep(self.world.sim.rng.random() * 0.3)  # meanwhile, others ask already
+
+    async def handle(self, msg: Message[Work], how: Callable[[Run], Awaitable[None]]) -> str:
+        run = self.world.begin(msg.payload, self.rt, self.machine, msg.deadline)
+        try:
+            await asyncio.sleep(run.work.seconds)
+            await how(run)
+            await self.rt.emit(NOTE, run.work.id)
+            self.world.notes[self.rt] += 1
+            self.world.effect(run)
+        except Closed:
+            raise Reject("nested") from None
+        finally:
+            self.world.end(run)
+        return run.reply
+
     @handles(WORK)
     async def work(self, msg: Message[Work]) -> str:
-        work, world = msg.payload, self.world
-        world.begin(work)
-        try:
-            await asyncio.sleep(work.seconds)
-            if work.then is not None:
-                await self.ask_on(work, work.then)
-            elif work.seconds and hash_of(work.id) % 7 == 0:
-                raise Reject("tired", retryable=True)
-            world.effect(work, self.rt)
-        finally:
-            world.running[work.id] -= 1
-        return f"{work.id} by {self.rt.node}"
+        return await self.handle(msg, self.do)
 
-    async def ask_on(self, work: Work, then: str) -> None:
-        child = Call(f"{work.id}/{len(self.world.calls)}", deadline=self.world.calls[work.id].deadline)
-        self.world.calls[child.id] = child
+    async def do(self, run: Run) -> None:
+        if run.work.then is not None:
+            await self.ask_on(run, run.work.then)
+        elif run.work.seconds and hash_of(run.work.id) % 7 == 0:
+            raise Reject("tired", retryable=True)
+
+    @handles(FLAKY)
+    async def try_work(self, msg: Message[Work]) -> str:
+        other = self.flaky.setdefault(msg.sender, msg.id)
+        self.world.check(other == msg.id, f"{msg.id} and {other} of one sender are handled at the same time")
         try:
-            await self.rt.call(WORK, Work(child.id, work.seconds), to=then, timeout=30)
-        except (Refused, OutcomeUnknown, RemoteError, Closed) as error:
+            return await self.handle(msg, self.try_to)
+        finally:
+            self.flaky.pop(msg.sender, None)
+
+    async def try_to(self, run: Run) -> None:
+        """Fail up to so many times that it must be given up."""
+        before = [other for other in self.world.calls[run.work.id].runs if other.rt is self.rt]
+        if len(before) <= hash_of(run.work.id) % (RETRIES + 2):
+            raise ValueError("once more")
+
+    async def ask_on(self, run: Run, then: str) -> None:
+        child, world = self.world.call(), self.world
+        until = self.machine.moment(max(anyio.current_effective_deadline(), _time.now()))
+        attempt = world.attempt(child, self.node.name, world.names[then], until)
+        work = child.work(run.work.seconds)
+        try:
+            await keep_book(world, child, attempt, self.rt.call(WORK, work, to=then, timeout=30))
+        except (Refused, OutcomeUnknown, RemoteError) as error:
             raise Reject("nested") from error
 
     @handles(NEWS)
     async def hear(self, msg: Message[str]) -> None:
-        self.world.news[msg.payload, self.rt] += 1
-        self.world.check(self.world.news[msg.payload, self.rt] == 1, f"{msg.payload!r} was heard twice by {self.rt}")
+        world = self.world
+        world.heard[msg.payload, self.rt] += 1
+        world.check(world.heard[msg.payload, self.rt] == 1, f"{msg.payload!r} was heard twice by {self.node}")
+        world.check(msg.payload in world.news, f"{self.node} has heard {msg.payload!r}, which nobody has said")
+
+    @handles(NOTE)
+    async def note(self, msg: Message[str]) -> None:
+        self.world.notes[self.rt] -= 1
+        await asyncio.sleep(0.01)
 
     async def ask_guarded(self, call: Call, to: str, seconds: float, timeout: float) -> None:
         """Ask through a circuit breaker, of which never more than one probe may be under way."""
@@ -172,6 +138,7 @@ class Worker(Service):
             if breaker.state is State.HALF_OPEN:
                 probes[:] = [other for other in probes if other + RESET_TIMEOUT > begun]  # one that hangs is given up
                 self.world.check(not probes, f"{breaker} admitted another probe")
+                self.world.happened["probe of a breaker"] += 1
                 probes.append(begun)
             try:
                 await ask_once(self.world, self.rt, call, to, seconds, timeout)
@@ -182,49 +149,71 @@ class Worker(Service):
         await breaker.call(ask)
 
 
-async def ask_once(
-    world: World,
-    rt: Runtime,
-    call: Call,
-    to: str | None,
-    seconds: float,
-    timeout: float,
-    *,
-    repeats: bool = False,
-    then: str | None = None,
-) -> None:
-    """Ask, on the caller's computer; keep book of what comes of it, and pass that on."""
-    begun = world.sim.now
-    call.deadline = max(call.deadline, begun + timeout)
+# --- callers; each runs on the computer of its runtime
+
+
+async def keep_book(world: World, call: Call, attempt: Attempt, asks: Awaitable[str]) -> None:
+    """Await what a node is asked for; take note of what comes of it, and pass that on."""
     try:
-        reply = await rt.call(
-            WORK, Work(call.id, seconds, then), to=to, timeout=timeout, id=call.id if repeats else None
-        )
+        reply = await asks
     except BaseException as error:  # a cancellation, too
-        call.errors.append(error)
+        world.tell(call, attempt, attempt.to, error)
         raise
-    else:
-        call.replied = True
-        world.check(
-            reply.startswith(f"{call.id} by ") and to in {None, reply.rpartition(" ")[2]}, f"{call} got {reply}"
-        )
-    finally:
-        took = world.sim.now - begun - world.stalled(begun)
-        world.check(took <= timeout + SLACK, f"{call} took {took:.3f} s, and had {timeout:.3f} s")
+    world.tell(call, attempt, attempt.to, reply)
 
 
-async def outcome(world: World, call: Call, node: SimNode, ask: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Await what a caller does; it has exactly one outcome, and that is one of ours."""
+async def ask_once(
+    world: World, rt: Runtime, call: Call, to: str | None, seconds: float, timeout: float, then: str | None = None
+) -> None:
+    """Ask one node, or any."""
+    attempt = world.attempt(call, rt.name, world.names[to] if to else None, world.sim.now + timeout)
+    work = call.work(seconds, then)
+    behavior, call_id = FLAKY if call.flaky else WORK, call.id if call.repeats else None
+    await keep_book(world, call, attempt, soon(lambda: rt.call(behavior, work, to=to, timeout=timeout, id=call_id)))
+
+
+async def soon(ask: Callable[[], Awaitable[str]]) -> str:
+    """Let an error of `call` itself be one of awaiting it."""
+    return await ask()
+
+
+async def ask_again(world: World, rt: Runtime, call: Call, to: str, seconds: float, timeout: float) -> None:
+    """Ask until there is an answer, each time under the same id."""
+    policy = RetryPolicy(max_retries=6, base_delay=0.2, timeout=20)
+    retrier = Retrier(policy, on=(Refused, OutcomeUnknown, RemoteError), idempotent=True)
+    await retrier.call(ask_once, world, rt, call, to, seconds, timeout)
+
+
+async def ask_many(world: World, rt: Runtime, call: Call, timeout: float, quorum: int) -> None:
+    """Ask all, until so many have replied."""
+    attempt = world.attempt(call, rt.name, None, world.sim.now + timeout, many=True)
+    failed: TooFewReplies | None = None
+    outcomes: dict[str, Told]
     try:
-        await node.run(ask())
-        world.outcomes["ok"] += 1
-    except Crashed as error:
-        call.errors.append(error)
-        world.outcomes["crashed"] += 1
-    except (Refused, OutcomeUnknown, RemoteError, Closed) as error:
-        if not call.errors:
-            call.errors.append(error)
-        world.outcomes[type(error).__name__] += 1
+        came = await rt.call_many(WORK, call.work(0.1), timeout=timeout, quorum=quorum)
+        world.check(len(came.replies) >= quorum, f"{call.id} needs {quorum} replies, and got {came}")
+        outcomes = {**came.replies, **came.errors}
+    except TooFewReplies as error:
+        failed, outcomes = error, {**error.replies, **error.errors}
+    except BaseException as error:
+        world.tell(call, attempt, None, error)
+        raise
+    for peer, outcome in outcomes.items():
+        world.tell(call, attempt, world.names[peer], outcome)
+    world.tell(call, attempt, None, failed)
+    if failed is not None:
+        raise failed
+
+
+async def spread(world: World, rt: Runtime, news: str) -> None:
+    world.news.add(news)
+    await rt.emit(NEWS, news)
+
+
+async def outcome(node: SimNode, ask: Coroutine[Any, Any, None]) -> None:
+    """Await what a caller does; whatever comes of it is one of ours."""
+    with suppress(Crashed, Refused, OutcomeUnknown, RemoteError, Closed):
+        await node.run(ask)
 
 
 def hash_of(text: str) -> int:
@@ -237,12 +226,15 @@ def worker_of(node: SimNode) -> Worker:
     return worker
 
 
-def make_cluster(world: World, names: list[str], **options: object) -> SimCluster:
+def make_cluster(world: World, names: list[str]) -> SimCluster:
     def make(node: SimNode) -> Runtime:
-        rt = Runtime(node.name, [Worker(world, node)], transport=node.transport(), identity=node.identity)
+        worker = Worker(world, node)
+        rt = Runtime(node.name, [worker], transport=node.transport(), identity=node.identity, grace=GRACE)
         rt.logger.set_service_enabled("runtime", False)
         rt.logger.set_service_enabled("worker", False)
-        world.runtimes.append(rt)
+        world.born[rt] = world.sim.now
         return rt
 
-    return SimCluster(make, names, **options)  # type: ignore[arg-type]
+    cluster = SimCluster(make, names)
+    world.names.update({node.id: node.name for node in cluster})
+    return cluster

@@ -1,14 +1,30 @@
 import asyncio
 import contextlib
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
+import anyio
 import pytest
 
 from meshkit import CallTimeout, Message, PeerLost, Runtime, Service, Unreachable, _time, broadcast, handles, request
 from meshkit.runtime import Identity
-from meshkit.testing import Crashed, SimCluster, SimLoop, SimNetwork, SimNode, Verdict, run, simulate, simulated
+from meshkit.testing import (
+    CancellationPoint,
+    Crashed,
+    Leak,
+    Link,
+    SimCluster,
+    SimLoop,
+    SimNetwork,
+    SimNode,
+    Verdict,
+    cancellation_points,
+    run,
+    simulate,
+    simulated,
+)
 
 ADD = request("counter:add", float, reply=int)
 NEWS = broadcast("counter:news", str)
@@ -117,7 +133,13 @@ async def test_nothing_that_a_dying_node_does_reaches_anybody(cluster: SimCluste
         try:
             await asyncio.sleep(1000)
         finally:
-            for attempt in (store.sync, lambda: store.update(x=1), lambda: store["x"], lambda: list(store)):
+            for attempt in (
+                store.sync,
+                lambda: store.update(x=1),
+                lambda: store["x"],
+                lambda: list(store),
+                store.__len__,
+            ):
                 with pytest.raises(OSError, match="the computer has stopped"):
                     attempt()
             bob.rt.logger.service("counter").error("a dying node is heard")
@@ -137,6 +159,78 @@ async def test_nothing_that_a_dying_node_does_reaches_anybody(cluster: SimCluste
     await asyncio.sleep(5)
     assert not seen
     assert not cluster["alice"].rt.services[0].heard  # type: ignore[attr-defined]
+
+
+@cluster_test
+async def test_who_shields_itself_catches_its_cancellation_or_spawns_others_ends_in_the_crash(
+    cluster: SimCluster, sim: SimLoop
+) -> None:
+    done: list[str] = []
+
+    async def shielded() -> None:
+        try:
+            with anyio.CancelScope(shield=True):
+                await asyncio.sleep(100)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await asyncio.sleep(1)
+                done.append("it slept in its shield")
+
+    async def catches() -> None:
+        for _ in range(20):
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(100)
+                done.append("it woke up")
+
+    async def spawns(depth: int) -> None:
+        try:
+            await asyncio.sleep(1.5)
+            done.append("a task that was spawned went on")
+        finally:
+            if depth:
+                cluster_task(spawns(depth - 1))
+            asyncio.get_running_loop().call_later(1, again)
+
+    def again() -> None:
+        done.append("a timer fired")
+        asyncio.get_running_loop().call_later(1, again)
+
+    cluster_task = asyncio.get_running_loop().create_task
+    machine = cluster["bob"].machine
+    for coro in (shielded(), catches(), spawns(5)):
+        machine.create_task(coro)
+    await asyncio.sleep(1)
+    cluster.crash("bob")
+    await asyncio.sleep(0.001)
+    assert not machine.tasks
+    await asyncio.sleep(200)
+    assert not done
+
+
+@cluster_test
+async def test_the_last_acts_of_a_life_do_not_reach_the_next_one(cluster: SimCluster, sim: SimLoop) -> None:
+    bob, ends = cluster["bob"], []
+
+    async def dies() -> None:
+        machine = bob.machine
+        try:
+            await asyncio.sleep(100)
+        finally:
+            ends.append((bob.up and bob.machine is not machine, sim.now))
+            bob.store["ghost"] = True  # an error that nobody hears of
+
+    for _ in range(10):
+        bob.machine.create_task(dies())
+    await asyncio.sleep(1)
+    await cluster.restart("bob")
+    assert ends == [(False, ends[0][1])] * 10  # all of them have ended before it was on again
+    assert not bob.store
+
+    async def looks() -> None:
+        with pytest.raises(RuntimeError, match="not for what runs on another computer, or before its restart"):
+            bob.store["ghost"] = True
+
+    await cluster["alice"].run(looks())
 
 
 @cluster_test
@@ -250,10 +344,21 @@ async def test_until_shows_where_everybody_is_when_time_is_over(cluster: SimClus
     assert repr(cluster) == "SimCluster(alice off, bob up, carol up)"
 
 
-@cluster_test
-async def test_what_is_called_outside_of_its_computer_is_refused(cluster: SimCluster, sim: SimLoop) -> None:
-    with pytest.raises(Unreachable, match=r"runs outside of its computer: `await cluster\['alice'\].run"):
-        await cluster["alice"].rt.call(ADD, 0, to=cluster["bob"].id)
+def test_what_is_called_outside_of_its_computer_is_refused_and_fails_the_test() -> None:
+    async def main(sim: SimLoop, verb: Callable[[SimCluster], Any]) -> None:
+        async with SimCluster(make, NAMES) as cluster:
+            await cluster.until(cluster.connected, timeout=1)
+            with contextlib.suppress(Unreachable):
+                await verb(cluster)
+
+    verbs: list[Callable[[SimCluster], Any]] = [
+        lambda cluster: cluster["alice"].rt.call(ADD, 0, to=cluster["bob"].id),
+        lambda cluster: cluster["alice"].rt.emit(NEWS, "nobody hears it"),
+        lambda cluster: cluster["alice"].rt.emit(NEWS, "nobody hears it", to=cluster["bob"].id),
+    ]
+    for verb in verbs:
+        with pytest.raises(Leak, match=r"runs outside of its computer: `await cluster\['alice'\].run"):
+            simulated(1, lambda sim, verb=verb: main(sim, verb))  # type: ignore[misc]
 
 
 @cluster_test
@@ -277,7 +382,7 @@ async def test_who_waits_for_a_node_and_is_cancelled_cancels_it(cluster: SimClus
 @cluster_test
 async def test_a_rule_of_the_network_may_crash_the_sender_at_a_frame(cluster: SimCluster, sim: SimLoop) -> None:
     def crash(sender: str, to: str, frame: bytes) -> Verdict | None:
-        if sender != cluster["bob"].id or not cluster["bob"].store.get("count"):
+        if sender != "bob" or not cluster["bob"].store.get("count"):
             return None
         cluster.network.rules.clear()
         cluster.crash("bob")
@@ -304,6 +409,8 @@ class Fails(Service):
         (lambda node: Runtime(node.name, transport=node.transport(), identity=Identity.generate()), "has the id"),
         (lambda node: Runtime(node.name, identity=node.identity), "is not on the network: give it node.transport"),
         (lambda node: 1 / 0, "division"),
+        (lambda node: None, "make must return a Runtime, not None"),
+        (lambda node: asyncio.sleep(1), "make must return a Runtime, not <coroutine"),
     ],
 )
 @simulate(seeds=2)
@@ -355,8 +462,238 @@ async def test_a_node_that_is_up_is_not_started(cluster: SimCluster, sim: SimLoo
     assert await add(cluster, "alice", "bob") == 1
 
 
+def signal_when_made(cluster: SimCluster) -> asyncio.Event:
+    """Return what is set when a runtime is made: the moment at which a node is up, and starts."""
+    made = asyncio.Event()
+
+    def make_and_tell(node: SimNode) -> Runtime:
+        made.set()
+        return make(node)
+
+    cluster._make = make_and_tell
+    return made
+
+
+@cluster_test
+async def test_a_start_that_is_cut_short_leaves_the_next_one_alone(cluster: SimCluster, sim: SimLoop) -> None:
+    bob, made, cut_short = cluster["bob"], signal_when_made(cluster), 0
+    for steps in range(8):
+        cluster.crash("bob")
+        made.clear()
+        first = asyncio.create_task(cluster.start("bob"))
+        await made.wait()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        cluster.crash("bob")
+        second = asyncio.create_task(cluster.start("bob"))
+        results = await asyncio.gather(first, second, return_exceptions=True)
+        cut_short += isinstance(results[0], Crashed)
+        assert results[1] is None
+        assert bob.up
+    assert cut_short > 2
+    assert await add(cluster, "alice", "bob") == 1
+
+
+@cluster_test
+async def test_a_stop_waits_for_the_start_and_a_second_stop_for_the_first(cluster: SimCluster, sim: SimLoop) -> None:
+    bob, made = cluster["bob"], signal_when_made(cluster)
+    for steps in range(8):
+        cluster.crash("bob")
+        made.clear()
+        start = asyncio.create_task(cluster.start("bob"))
+        await made.wait()
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await asyncio.gather(cluster.stop("bob"), cluster.stop("bob"), cluster.stop())
+        await start
+        assert not bob.up
+        await cluster.start()
+    for verb in (cluster.pause, cluster.resume, cluster.crash):
+        await cluster.stop("bob")
+        with pytest.raises(Crashed, match="node 'bob' is off"):
+            verb("alice", "bob")
+        assert cluster["alice"].up
+        assert not cluster["alice"].paused
+        await cluster.start("bob")
+    with pytest.raises(Crashed, match="node 'bob' is off"):
+        await asyncio.gather(cluster.stop("bob"), cluster.stop("bob"))
+        await cluster.stop("bob")
+
+
+class Slow(Service):
+    name = "slow"
+
+    async def start(self) -> None:
+        await asyncio.sleep(2)
+
+    async def stop(self) -> None:
+        await asyncio.sleep(2)
+
+
+@simulate(seeds=3)
+async def test_a_start_or_stop_that_is_cancelled_ends_as_a_crash(sim: SimLoop) -> None:
+    async with SimCluster(
+        lambda node: Runtime(node.name, [Slow()], transport=node.transport(), identity=node.identity), NAMES
+    ) as cluster:
+        bob = cluster["bob"]
+        for verb in (cluster.stop, cluster.start):
+            machine, begun = bob.machine if bob.up else None, sim.now
+            with anyio.move_on_after(1) as scope:
+                await verb("bob")
+            assert scope.cancelled_caught
+            assert sim.now == begun + 1
+            assert not bob.up
+            assert not (machine and machine.tasks)
+        await cluster.start("bob")
+        assert bob.up
+
+
+@pytest.mark.parametrize("verb", ["start", "stop", "restart", "run"])
+def test_a_verb_that_is_cancelled_at_any_await_leaves_a_cluster_that_goes_on(verb: str) -> None:
+    def slow(node: SimNode) -> Runtime:
+        rt = Runtime(node.name, [Slow()], transport=node.transport(), identity=node.identity)
+        rt.logger.set_service_enabled("slow", False)
+        return rt
+
+    for point in cancellation_points():
+
+        async def main(sim: SimLoop, point: CancellationPoint = point) -> None:
+            async with SimCluster(slow, ["alice", "bob"]) as cluster:
+                if verb == "start":
+                    cluster.crash()
+                await point.cancel(cluster["bob"].run(asyncio.sleep(1)) if verb == "run" else getattr(cluster, verb)())
+                for node in cluster:
+                    await node.over()
+                assert not [task for task in sim.tasks if "meshkit:bob" in task.get_name() and not cluster["bob"].up]
+                await cluster.start()
+                await cluster.until(cluster.connected, timeout=20)
+
+        simulated(1, main)
+
+
+@cluster_test
+async def test_who_waits_for_what_runs_on_a_paused_node_may_give_up(cluster: SimCluster, sim: SimLoop) -> None:
+    ended: list[float] = []
+
+    async def work() -> None:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            ended.append(sim.now)
+
+    for pause in (cluster.pause, lambda _: None):
+        begun = sim.now
+        task = asyncio.create_task(cluster["bob"].run(work()))
+        await asyncio.sleep(1)
+        pause("bob")
+        with anyio.move_on_after(1) as scope:
+            await cluster["bob"].run(work())
+        task.cancel()
+        await asyncio.wait([task])
+        assert scope.cancelled_caught
+        assert task.cancelled()
+        assert sim.now == begun + 2
+        cluster.resume("bob")
+        await sim.settle()
+    assert len(ended) == 3  # one had not begun
+
+
+@cluster_test
+async def test_without_names_verbs_mean_all(cluster: SimCluster, sim: SimLoop) -> None:
+    cluster.crash("bob")
+    cluster.pause()
+    assert repr(cluster) == "SimCluster(alice paused, bob off, carol paused)"
+    cluster.resume()
+    before = [node.rt for node in cluster]
+    await cluster.restart()
+    assert all(node.up and node.rt is not rt for node, rt in zip(cluster, before, strict=True))
+    await cluster.stop()
+    assert repr(cluster) == "SimCluster(alice off, bob off, carol off)"
+    for verb in (cluster.crash, cluster.pause, cluster.resume):
+        verb()
+    await cluster.stop()
+    await cluster.start("carol")
+    await cluster.restart("bob", "bob")
+    cluster.crash()
+    assert not any(node.up for node in cluster)
+
+
+@cluster_test
+async def test_links_and_the_trace_know_nodes_by_their_names(cluster: SimCluster, sim: SimLoop) -> None:
+    log: list[str] = []
+    sim.log = lambda line: log.append(line.partition(" ")[2])
+    cluster.network.links["alice", "bob"] = Link(loss=1.0)
+    with pytest.raises(CallTimeout):
+        await add(cluster, "alice", "bob", timeout=1)
+    assert cluster.network.verdicts[Verdict.LOSE]
+    cluster["bob"].wall_offset = 3
+    cluster.cut("alice", "bob")
+    cluster.network.heal()
+    cluster.pause("bob")
+    cluster.resume("bob")
+    await cluster.restart("bob")
+    notes = [line for line in log if "#" not in line and " bytes, " not in line]
+    assert notes == [
+        "wall clock of bob +3 s",
+        "cut alice > bob, bob > alice",
+        "heal all",
+        "pause bob",
+        "resume bob",
+        "crash bob",
+        "bob is gone from the network",
+        "start bob",
+    ]
+    assert any(re.fullmatch(r"alice > bob: \d+ bytes, lose", line) for line in log)
+
+
+@cluster_test
+async def test_nonsense_is_refused_where_it_is_said(cluster: SimCluster, sim: SimLoop) -> None:
+    for names in ("alice", [], ["alice", "alice"]):
+        with pytest.raises(ValueError, match=r"nodes must be one name or more, each once, like \['alice', 'bob'\]"):
+            SimCluster(make, names)
+    for rate in (0, -1, math.nan, math.inf):
+        with pytest.raises(ValueError, match="rate must be finite"):
+            cluster["bob"].rate = rate
+    for offset in (math.nan, -math.inf):
+        with pytest.raises(ValueError, match="wall_offset must be finite"):
+            cluster["bob"].wall_offset = offset
+
+    async def condition() -> bool:
+        return False
+
+    with pytest.raises(TypeError, match=r"a condition must answer at once, and not be async: .*condition \("):
+        await cluster.until(condition, timeout=1)
+
+
+@simulate(seeds=2)
+async def test_what_was_used_before_a_restart_is_refused_after_it(sim: SimLoop) -> None:
+    service, runtimes = Slow(), list[Runtime]()
+
+    def same_service(node: SimNode) -> Runtime:
+        return Runtime(node.name, [service], transport=node.transport(), identity=node.identity)
+
+    def same_runtime(node: SimNode) -> Runtime:
+        runtimes[:] = runtimes or [make(node)]
+        return runtimes[0]
+
+    for wrong in (same_service, same_runtime):
+        async with SimCluster(wrong, ["alice"]) as cluster:
+            with pytest.raises(ValueError, match="or a service of it, has been used before its restart: make new ones"):
+                await cluster.restart("alice")
+            assert not cluster["alice"].up
+
+
+def test_what_a_stop_leaves_running_is_a_leak() -> None:
+    async def main(sim: SimLoop) -> None:
+        async with SimCluster(make, ["alice"]) as cluster:
+            cluster["alice"].machine.create_task(asyncio.sleep(100), name="the one that was forgotten")
+
+    with pytest.raises(Leak, match="the one that was forgotten"):
+        simulated(1, main)
+
+
 def test_a_task_that_refuses_to_end_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SimCluster, "PATIENCE", 100)
+    monkeypatch.setattr(SimNode, "PATIENCE", 100)
 
     async def refuse() -> None:
         for _ in range(200):

@@ -1,5 +1,6 @@
 import asyncio
 import collections
+import contextlib
 import contextvars
 import gc
 import itertools
@@ -20,6 +21,8 @@ from meshkit import _time
 from meshkit._entropy import random_bytes
 from meshkit.runtime import Identity
 from meshkit.testing import Deadlock, Leak, Livelock, SimLoop, run, simulated
+from meshkit.testing._sim_machine import current
+from meshkit.testing._sim_order import stepped
 
 
 async def in_order(sim: SimLoop) -> str:
@@ -77,6 +80,21 @@ def test_callbacks_keep_their_order_and_run_before_between_or_after_the_steps_of
     assert {simulated(seed, main) for seed in range(40)} == {"1 2 step", "1 step 2", "step 1 2"}
 
 
+def test_callbacks_that_are_methods_of_a_task_keep_their_order_as_well() -> None:
+    async def main(sim: SimLoop) -> list[int]:
+        ended: list[int] = []
+        task = sim.create_task(asyncio.sleep(60))
+        await asyncio.sleep(1)
+        for number in range(5):
+            sim.call_soon(task.add_done_callback, lambda _, number=number: ended.append(number))
+        sim.call_soon(task.cancel)
+        await asyncio.wait([task])
+        return ended
+
+    for seed in range(5):
+        assert simulated(seed, main) == [0, 1, 2, 3, 4]
+
+
 def test_timers_of_one_moment_fire_in_the_order_in_which_they_were_set() -> None:
     async def main(sim: SimLoop) -> None:
         fired: list[int] = []
@@ -113,6 +131,23 @@ def test_a_timer_fires_at_its_exact_time_and_never_before() -> None:
             sim.call_at(time, lambda: fired.append(sim.time()))
         await asyncio.sleep(2e9)
         assert fired == times
+
+    simulated(0, main)
+
+
+@pytest.mark.parametrize(
+    ("when", "error"),
+    [(math.nan, "when must be a time, not NaN"), (None, "must be real number, not NoneType"), ("1", "not str")],
+)
+def test_a_time_that_is_none_is_refused(when: Any, error: str) -> None:
+    async def main(sim: SimLoop) -> None:
+        with pytest.raises((TypeError, ValueError), match=error):
+            sim.call_at(when, print)
+        fired: list[int] = []
+        sim.call_at(-math.inf, fired.append, 1)
+        sim.call_later(-5, fired.append, 2)
+        await asyncio.sleep(1)
+        assert fired == [1, 2]
 
     simulated(0, main)
 
@@ -334,6 +369,90 @@ def test_a_set_of_tasks_that_is_cancelled_ends_in_an_order_that_does_not_depend_
     one = simulated(7, lambda sim: main(sim, list(range(30))))
     other = simulated(7, lambda sim: main(sim, list(reversed(range(30)))))
     assert one == other != sorted(one)
+
+
+def with_other_memory(play: Callable[[], Any]) -> set[Any]:
+    """Return what `play` returns when memory has other holes each time."""
+    results = set()
+    for size in range(8):
+        others = [[[None] * (number % 50) for number in range(each % 7 * size)] for each in range(500)]
+        del others[::2]
+        results.add(play())
+        del others
+    return results
+
+
+def test_the_order_of_a_set_of_tasks_is_that_of_the_seed_and_not_of_the_memory() -> None:
+    async def main(sim: SimLoop) -> tuple[int, ...]:
+        tasks = [sim.create_task(asyncio.sleep(1, number)) for number in range(10)]
+        done, _ = await asyncio.wait(tasks)
+        return tuple(task.result() for task in done)
+
+    as_it_was_when_this_was_written = (1, 4, 7, 6, 3, 9, 0, 2, 5, 8)
+    assert with_other_memory(lambda: simulated(1, main)) == {as_it_was_when_this_was_written}
+    assert len({simulated(seed, main) for seed in range(5)}) == 5
+
+
+def test_callbacks_that_a_group_of_tasks_sets_off_when_it_is_cancelled_come_in_the_order_of_the_seed() -> None:
+    async def main(sim: SimLoop) -> tuple[int, ...]:
+        ended: list[int] = []
+
+        async def wait(number: int) -> None:
+            future = sim.create_future()
+            future.add_done_callback(lambda _: ended.append(number))
+            await future
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1), asyncio.TaskGroup() as group:
+                for number in range(20):
+                    group.create_task(wait(number))
+        return tuple(ended)
+
+    assert len(with_other_memory(lambda: simulated(1, main))) == 1
+
+
+def test_generators_that_are_left_are_closed_in_the_order_of_the_seed() -> None:
+    closed: list[int] = []
+    left: list[AsyncGenerator[int]] = []
+
+    async def numbers(number: int) -> AsyncGenerator[int]:
+        try:
+            yield number
+        finally:
+            await asyncio.sleep(0)
+            closed.append(number)
+
+    async def main(sim: SimLoop) -> None:
+        left[:] = [numbers(number) for number in range(20)]
+        for generator in left:
+            await anext(generator)
+
+    def play() -> tuple[int, ...]:
+        closed.clear()
+        simulated(1, main)
+        return tuple(closed)
+
+    assert len(with_other_memory(play)) == 1
+    assert sorted(closed) == list(range(20))
+
+
+def test_machines_that_are_still_paused_at_the_end_go_on_in_the_order_in_which_they_were_paused() -> None:
+    async def main(sim: SimLoop) -> None:
+        machines = [sim.machine("same") for _ in range(20)]
+        for number, machine in enumerate(machines):
+            context = contextvars.copy_context()
+            context.run(current.set, machine)
+            machine.pause()
+            sim.call_soon(late.append, number, context=context)
+        await asyncio.sleep(1)
+        assert not late
+        sim.call_soon(sim.stop)
+        await asyncio.sleep(1)
+
+    late: list[int] = []
+    with pytest.raises(RuntimeError, match="stopped before"):
+        simulated(0, main)
+    assert late == list(range(20))
 
 
 # --- the trace
@@ -627,6 +746,7 @@ def test_a_paused_machine_does_nothing_and_does_it_all_late_when_it_is_resumed()
         await asyncio.sleep(10)
         assert ticks == [1.0]
         machine.resume()
+        assert "running" in repr(machine)
         machine.resume()
         await task
         assert ticks == [1.0, 11.5, 12.5, 13.5]
@@ -692,8 +812,9 @@ def test_this_python_keeps_what_the_loop_relies_on_where_it_looks() -> None:
         assert handle._context is context
         handle.cancel()
         assert handle._cancelled
+        assert stepped(handle) is None
         started = loop.create_task(asyncio.sleep(1))
-        assert loop._ready[-1]._callback.__self__ is started
+        assert stepped(loop._ready[-1]) is started
         await asyncio.sleep(0)
         woken = loop.create_future()
 
@@ -703,7 +824,9 @@ def test_this_python_keeps_what_the_loop_relies_on_where_it_looks() -> None:
         task = loop.create_task(wait())
         await asyncio.sleep(0)
         woken.set_result(None)
-        assert loop._ready[-1]._callback.__self__ is task
+        assert stepped(loop._ready[-1]) is task
+        loop.call_soon(task.cancelled)
+        assert stepped(loop._ready[-1]) is None
         started.cancel()
         await asyncio.wait([started, task])
 

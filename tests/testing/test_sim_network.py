@@ -8,7 +8,7 @@ import pytest
 from meshkit import _time
 from meshkit.errors import OutcomeUnknown, Overloaded, Unreachable
 from meshkit.runtime import Message, Runtime, Service, handles, request
-from meshkit.testing import Link, SimLoop, SimNetwork, SimTransport, Verdict, run, simulate, simulated
+from meshkit.testing import Leak, Link, SimLoop, SimNetwork, SimTransport, Verdict, run, simulate, simulated
 
 
 class Node:
@@ -16,7 +16,7 @@ class Node:
 
     def __init__(self, network: SimNetwork, name: str) -> None:
         self.name = name
-        self.transport: SimTransport = network.transport()
+        self.transport: SimTransport = network.transport(name)
         self.heard: list[bytes] = []
         self.events: list[tuple[float, str]] = []
 
@@ -181,6 +181,78 @@ async def test_what_is_held_arrives_in_order_when_it_is_released(sim: SimLoop) -
 
 
 @simulate(seeds=2)
+async def test_what_is_doubled_comes_again_later_and_never_before_its_turn(sim: SimLoop) -> None:
+    network = SimNetwork(Link(delay=0.01, jitter=0.5, duplication=1.0))
+    alice, bob = await nodes_of(network, "alice", "bob")
+    alice.send(bob, *FRAMES)
+    await asyncio.sleep(10)
+    assert list(dict.fromkeys(bob.heard)) == FRAMES
+    assert set(Counter(bob.heard).values()) == {2}
+    await close(alice, bob)
+
+
+@simulate(seeds=2)
+async def test_frames_overtake_one_another_on_a_link_without_a_delay_too(sim: SimLoop) -> None:
+    network = SimNetwork(Link(delay=0.0, reordering=1.0))
+    alice, bob = await nodes_of(network, "alice", "bob")
+    alice.send(bob, *FRAMES)
+    await asyncio.sleep(0.01)
+    assert sorted(bob.heard, key=int) == FRAMES != bob.heard
+    await close(alice, bob)
+
+
+@simulate(seeds=2)
+async def test_a_way_is_cut_or_not_however_often_it_was_cut(sim: SimLoop) -> None:
+    network = SimNetwork()
+    alice, bob, carol = await nodes_of(network, "alice", "bob", "carol")
+    network.cut("alice")
+    network.cut(["alice", "bob"], "carol")
+    network.heal("alice")
+    network.heal("alice")
+    for node in (alice, bob):
+        node.transport.broadcast(node.name.encode())
+    await asyncio.sleep(1)
+    assert (alice.heard, bob.heard, carol.heard) == ([b"bob"], [b"alice"], [b"alice"])
+    await close(alice, bob, carol)
+
+
+@simulate(seeds=2)
+async def test_what_is_released_over_a_cut_is_lost(sim: SimLoop) -> None:
+    network = SimNetwork()
+    alice, bob, carol = await nodes_of(network, "alice", "bob", "carol")
+    network.hold("alice")
+    for node in (alice, carol):
+        node.send(bob, *FRAMES[:10])
+    alice.send(carol, b"1")
+    await close(alice)
+    network.cut("alice", "bob")
+    network.release()
+    await asyncio.sleep(1)
+    assert (bob.heard, carol.heard) == (FRAMES[:10], [b"1"])
+    assert (bob.told, carol.told) == ([], ["lost alice"])
+    assert network.verdicts[Verdict.LOSE] == 10
+    network.heal()
+    bob.send(alice, b"are you there?")
+    await asyncio.sleep(1)
+    assert bob.told == ["lost alice"]
+    await close(bob, carol)
+
+
+@simulate(seeds=1)
+async def test_ten_thousand_frames_are_held_and_arrive_in_order(sim: SimLoop) -> None:
+    network = SimNetwork(Link(jitter=1.0))
+    alice, bob = await nodes_of(network, "alice", "bob")
+    network.hold("alice")
+    for _ in range(10):
+        alice.send(bob, *FRAMES)
+    network.release()
+    network.release()
+    await asyncio.sleep(2)
+    assert bob.heard == FRAMES * 10
+    await close(alice, bob)
+
+
+@simulate(seeds=2)
 async def test_a_rule_decides_about_a_frame_before_chance_does(sim: SimLoop) -> None:
     network = SimNetwork(Link(loss=1.0))
     alice, bob = await nodes_of(network, "alice", "bob")
@@ -202,6 +274,95 @@ async def test_a_rule_decides_about_a_frame_before_chance_does(sim: SimLoop) -> 
     await asyncio.sleep(1)
     assert bob.heard == [b"2", b"4", b"3"]
     await close(alice, bob)
+
+
+def test_a_rule_that_fails_or_answers_nonsense_fails_the_test() -> None:
+    async def main(sim: SimLoop, rule: Any) -> None:
+        network = SimNetwork()
+        network.rules.append(rule)
+        async with Runtime("alice", transport=network.transport()), Runtime("bob", transport=network.transport()):
+            await asyncio.sleep(1)
+
+    for rule, message in (
+        (lambda *_: 1 / 0, "ZeroDivisionError"),
+        (lambda *_: False, "must return a Verdict or None, not False"),
+        (lambda *_: "lose", "must return a Verdict or None, not 'lose'"),
+    ):
+        with pytest.raises(Leak, match=r"a frame from (alice to bob|bob to alice) is lost") as caught:
+            simulated(1, lambda sim, rule=rule: main(sim, rule))  # type: ignore[misc]
+        assert message in str(caught.value)
+
+
+@simulate(seeds=1)
+async def test_a_rule_may_crash_the_sender_of_a_broadcast(sim: SimLoop) -> None:
+    network = SimNetwork()
+    alice, bob, carol = await nodes_of(network, "alice", "bob", "carol")
+
+    def crash(sender: str, to: str, frame: bytes) -> Verdict:
+        network.crash(sender)
+        return Verdict.DELIVER
+
+    network.rules.append(crash)
+    alice.transport.broadcast(b"last words")
+    await asyncio.sleep(1)
+    assert bob.heard + carol.heard == [b"last words"]
+    await close(alice, bob, carol)
+
+
+# --- names
+
+
+@simulate(seeds=1)
+async def test_a_node_goes_by_its_name_where_it_has_one_and_to_nodes_by_its_id(sim: SimLoop) -> None:
+    network, log = SimNetwork(), list[str]()
+    alice, bob = Node(network, "alice"), Node(network, "bob")
+    network.links["alice", "bob"] = Link(delay=2.0)
+    await alice.transport.start("key 1", alice, None)
+    network.cut("bob")
+    await bob.transport.start("key 2", bob, None)
+    network.heal("alice", "bob")
+    await asyncio.sleep(1)
+    assert (alice.told, bob.told) == (["found key 2"], ["found key 1"])
+    assert network.nodes == ("alice", "bob")
+    assert list(alice.transport.peers) == ["key 2"]
+    asked = list[tuple[str, str, bytes]]()
+    network.rules.append(lambda *frame: asked.append(frame))
+    sim.log = log.append
+    alice.transport.send("key 2", b"x")
+    await asyncio.sleep(1.5)
+    assert not bob.heard
+    await asyncio.sleep(1)
+    assert bob.events[-1][1] == "key 1: x"
+    assert asked == [("alice", "bob", b"x")]
+    network.cut("bob", one_way=True)
+    network.hold("bob")
+    network.release()
+    network.crash("bob")
+    assert [line.partition(" ")[2] for line in log if "#" not in line] == [
+        "alice > bob: 1 bytes, deliver",
+        "cut bob > alice",
+        "hold bob > alice, alice > bob",
+        "release all",
+        "bob is gone from the network",
+    ]
+    await close(alice, bob)
+
+
+@simulate(seeds=1)
+async def test_names_and_ids_are_there_once_and_only_those_that_are_known_have_faults(sim: SimLoop) -> None:
+    network = SimNetwork()
+    [alice] = await nodes_of(network, "alice")
+    for name, node in (("alice", "another"), ("another", "alice")):
+        with pytest.raises(ValueError, match="there is a node of that name, or of its id"):
+            await network.transport(name).start(node, alice, None)
+    for verb in (network.cut, network.heal, network.hold, network.release):
+        with pytest.raises(KeyError, match="there is no node 'bob'; there are alice, another"):
+            verb("alice", "bob")
+        verb("alice", "another")
+    for end in (network.heal, network.release):
+        with pytest.raises(ValueError, match="needs the nodes on this side, too"):
+            end(other="alice")
+    await close(alice)
 
 
 # --- nodes that come and go
@@ -342,7 +503,7 @@ async def test_a_fault_between_nobody_is_refused(sim: SimLoop) -> None:
     [alice] = await nodes_of(network, "alice")
     for verb in (network.cut, network.heal, network.hold, network.release):
         with pytest.raises(
-            ValueError, match=r"no links from \['alice'\] to \[\]; the nodes that have joined: \['alice'\]"
+            ValueError, match=r"no links from \['alice'\] to \[\]; the nodes that there are: \['alice'\]"
         ):
             verb("alice")
     await close(alice)
@@ -361,6 +522,10 @@ async def test_a_fault_between_nobody_is_refused(sim: SimLoop) -> None:
 def test_a_link_is_checked(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Link(**arguments)
+
+
+def test_probabilities_that_are_one_together_are_a_link() -> None:
+    assert Link(loss=0.33, duplication=0.56, reordering=0.11).loss == 0.33
 
 
 # --- machines

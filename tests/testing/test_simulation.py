@@ -2,10 +2,12 @@ import asyncio
 import os
 import pathlib
 import random
+import re
 import sys
 from typing import Any
 
 import pytest
+from hypothesis import given, settings, strategies as st
 
 from meshkit.testing import Deadlock, SimLoop, simulate, simulated
 
@@ -70,6 +72,44 @@ def test_a_seed_of_the_environment_that_is_no_number_is_refused_by_name(
 def test_no_seeds_are_refused(seeds: Any) -> None:
     with pytest.raises(ValueError, match="seeds must"):
         simulate(seeds=seeds)
+
+
+@pytest.mark.parametrize("seeds", ["12", 1.5, None, [1.0], [0, True], ["1"]])
+def test_seeds_that_are_no_whole_numbers_are_refused_at_once(seeds: Any) -> None:
+    with pytest.raises(
+        TypeError, match=re.escape(f"seeds must be how many, or an iterable of whole numbers, not {seeds!r}")
+    ):
+        simulate(seeds=seeds)
+
+
+def test_arguments_may_come_by_position_and_by_name_wherever_sim_is_among_them() -> None:
+    seen: list[object] = []
+
+    @simulate(seeds=1)
+    async def first(sim: SimLoop, a: int, b: int = 2, *rest: int, c: int = 3, **more: int) -> None:
+        seen.append((sim.seed, a, b, rest, c, more))
+
+    @simulate(seeds=1)
+    async def last(a: int, b: int = 2, *, sim: SimLoop) -> None:
+        seen.append((a, b, sim.seed))
+
+    first(1)
+    first(1, 5, 6, c=7, d=8)
+    last(1)
+    last(b=1, a=3)
+    assert seen == [(0, 1, 2, (), 3, {}), (0, 1, 5, (6,), 7, {"d": 8}), (1, 2, 0), (3, 1, 0)]
+    with pytest.raises(TypeError, match="missing a required argument: 'a'"):
+        first()
+
+
+@settings(max_examples=20)
+@given(words=st.lists(st.text()), delay=st.floats(0, 1e6))
+@simulate(seeds=2)
+async def test_hypothesis_gives_arguments_as_well(sim: SimLoop, words: list[str], delay: float) -> None:
+    await asyncio.sleep(delay)
+    assert sim.now == delay
+    assert random.random() == sim.stream("random").random(), "the seed of the simulation, not that of hypothesis"
+    assert isinstance(words, list)
 
 
 def test_what_is_no_test_of_a_simulation_is_refused() -> None:
@@ -153,6 +193,15 @@ def test_each_run_starts_with_a_fresh_loop_and_fresh_chance() -> None:
     assert drawn[0] != drawn[1]
 
 
+BASE = """
+from meshkit.testing import simulate
+
+class Promises:
+    @simulate(seeds=[5])
+    async def test_one(self, sim):
+        assert False
+"""
+
 FAILS = """
 import pytest
 from meshkit.testing import simulate
@@ -188,3 +237,27 @@ def test_pytest_shows_the_line_that_repeats_the_failure_and_the_line_does(
     other = pytester.runpytest_inprocess("test_it.py::test_it[a b]").stdout
     other.fnmatch_lines(["MESHKIT_SEED=3", "*1 passed*"])
     other.no_fnmatch_line("*repeat the simulations*")
+
+
+def test_the_line_names_the_file_of_the_test_also_from_elsewhere_and_where_it_is_inherited(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytester.makeini("[pytest]\naddopts = -p no:asyncio\npythonpath = .")
+    pytester.makepyfile(base_of_these_tests=BASE)
+    folder = pytester.mkdir("tests")
+    (folder / "test_it.py").write_text("import base_of_these_tests\nclass TestIt(base_of_these_tests.Promises): ...")
+    elsewhere = pytester.mkdir("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    shown = pytester.runpytest_inprocess("--tb=no", folder).stdout
+    shown.fnmatch_lines(["MESHKIT_SEED=5 pytest ../tests/test_it.py::TestIt::test_one"])
+
+
+def test_who_interrupts_a_simulation_is_told_its_seed() -> None:
+    @simulate(seeds=[7])
+    async def test(sim: SimLoop) -> None:
+        await asyncio.sleep(1)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        test()
+    assert caught.value.__notes__[0].startswith("MESHKIT_SEED=7 ")

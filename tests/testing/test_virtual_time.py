@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import math
 import pathlib
 import signal
@@ -6,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Generator
 from typing import Any
 
 import anyio
@@ -85,6 +86,55 @@ def test_a_wait_that_nothing_can_end_is_a_deadlock_that_says_where() -> None:
     assert "locks.py" in str(caught.value)
 
 
+def test_a_deadlock_shows_the_stack_through_generators_context_managers_and_awaitables() -> None:
+    async def innermost() -> None:
+        await asyncio.Event().wait()
+
+    async def numbers() -> AsyncGenerator[int]:
+        await innermost()
+        yield 1
+
+    async def closes_late() -> AsyncGenerator[int]:
+        try:
+            yield 1
+        finally:
+            await innermost()
+
+    @contextlib.asynccontextmanager
+    async def managed() -> AsyncGenerator[None]:
+        await innermost()
+        yield
+
+    class Awaitable:
+        def __await__(self) -> Generator[Any, Any, None]:
+            return innermost().__await__()
+
+    async def iterate() -> None:
+        async for _ in numbers():
+            pass
+
+    async def enter() -> None:
+        async with managed():
+            pass
+
+    async def default() -> None:
+        await anext(numbers(), 5)
+
+    async def close() -> None:
+        generator = closes_late()
+        await anext(generator)
+        await generator.aclose()
+
+    async def wait() -> None:
+        await Awaitable()
+
+    for stuck in (iterate, enter, default, close, wait):
+        with pytest.raises(Deadlock) as caught:
+            run(stuck)
+        places = [line.rpartition(" in ")[2] for line in str(caught.value).splitlines()]
+        assert places[-2:] == [innermost.__qualname__, "Event.wait"], stuck
+
+
 def test_running_forever_at_one_instant_is_a_livelock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(VirtualTimeLoop, "MAX_PASSES", 100)
 
@@ -138,6 +188,55 @@ def test_an_error_in_a_callback_is_a_leak_with_that_error_as_its_cause() -> None
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
+def test_an_error_that_nobody_has_seen_is_a_leak_also_if_its_task_refers_to_itself() -> None:
+    async def fail() -> None:
+        myself = asyncio.current_task()
+        raise KeyError(myself is None)
+
+    async def main() -> None:
+        asyncio.get_running_loop().create_task(fail())
+        await asyncio.sleep(1)
+
+    with pytest.raises(Leak, match="Task exception was never retrieved"):
+        run(main)
+
+
+def test_an_error_of_a_generator_that_is_closed_at_the_end_is_a_leak() -> None:
+    generators: list[AsyncGenerator[int]] = []
+
+    async def numbers() -> AsyncGenerator[int]:
+        try:
+            yield 1
+        finally:
+            raise KeyError("in the generator")
+
+    async def main() -> None:
+        generators.append(numbers())
+        await anext(generators[0])
+
+    with pytest.raises(Leak, match="in the generator"):
+        run(main)
+
+
+def test_an_error_in_a_callback_is_told_where_it_was_the_reason_of_a_deadlock() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        answer = loop.create_future()
+
+        def reply() -> None:
+            answer.set_result(1 / 0)
+
+        loop.call_soon(reply)
+        await answer
+
+    with pytest.raises(Deadlock) as caught:
+        run(main)
+    (note,) = caught.value.__notes__
+    assert note.startswith("unhandled error: ")
+    assert "in reply\n    answer.set_result(1 / 0)" in note
+    assert note.endswith("ZeroDivisionError: division by zero")
+
+
 def test_what_main_raises_comes_out_unchanged() -> None:
     async def main() -> None:
         raise KeyError("mine")
@@ -167,6 +266,8 @@ REFUSED: list[Callable[[Any], Any]] = [
     lambda loop: loop.sock_recv(None, 1),
     lambda loop: loop.connect_read_pipe(asyncio.Protocol, sys.stdin),
     lambda loop: loop.add_signal_handler(signal.SIGTERM, print),
+    lambda loop: loop.remove_signal_handler(signal.SIGTERM),
+    lambda loop: loop.remove_reader(0),
     lambda loop: anyio.run_process(["true"]),
 ]
 
