@@ -1,8 +1,10 @@
 """Argument checks: what a constructor is given is checked once, and the error names the argument and the value."""
 
 import dataclasses
+import inspect
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -42,3 +44,22 @@ def limits(these: "DataclassInstance") -> None:
     """Check the fields of a dataclass: those called `max_...` are counts, the others durations."""
     for field in dataclasses.fields(these):
         (count if field.name.startswith("max_") else duration)(field.name, getattr(these, field.name))
+
+
+def errors(
+    name: str, value: Any, *, none: str
+) -> tuple[tuple[type[Exception], ...], Callable[[Exception], bool] | None]:
+    """Return `value` as classes of errors and a predicate, one of which is missing; `none` says why not none."""
+    if callable(value) and not isinstance(value, type):
+        if inspect.iscoroutinefunction(value) or inspect.iscoroutinefunction(value.__call__):
+            raise TypeError(f"{name} must be a plain function, whose answer is there at once, not {value!r}")
+        return (), cast("Callable[[Exception], bool]", value)
+    classes: tuple[Any, ...] = value if isinstance(value, tuple) else (value,)  # pyright: ignore[reportUnknownVariableType]  # judged below
+    if not classes:
+        raise ValueError(f"{name} must name at least one exception class: {none}")
+    for c in classes:
+        if not (isinstance(c, type) and issubclass(c, Exception)):
+            raise TypeError(f"{name} must name classes of Exception (cancellations are not for it), not {c!r}")
+        if issubclass(c, ExceptionGroup):
+            raise TypeError(f"{name} is asked about each error in a group: name those, not {c.__name__}")
+    return classes, None

@@ -16,6 +16,15 @@ buggified: dict[asyncio.AbstractEventLoop | None, Callable[[str], bool]] = {}
 """Those of them in which points of `meshkit.buggify` fire, and what says whether one does."""
 
 
+class Secret(bytes):
+    """Bytes that do not show themselves, and are bytes for libsodium."""
+
+    def __repr__(self) -> str:
+        return "<secret>"
+
+    __str__ = __repr__
+
+
 def random_bytes(size: int) -> bytes:
     """Return `size` bytes that nobody can guess; in a simulation, the next ones of its seed."""
     rng = simulations.get(running_loop()) if simulations else None

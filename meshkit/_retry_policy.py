@@ -7,11 +7,10 @@
 'PeerLost means that it may have happened; say idempotent=True if doing it twice is harmless'
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from meshkit import _check
 from meshkit.errors import Closed, MeshkitError, RemoteError, Untrusted
@@ -66,7 +65,7 @@ class RetryRule:
         if not isinstance(idempotent, bool):
             raise TypeError(f"idempotent must be True or False, not {idempotent!r}")
         self.idempotent = idempotent
-        self._classes, self._predicate = _checked(on)
+        self._classes, self._predicate = _check.errors("on", on, none="to retry nothing, say max_retries=0")
         # To name is to name a kind that would be objected to; Exception, or a base of one's own, says nothing of it.
         self._named = tuple(
             c
@@ -122,20 +121,3 @@ def asked_delay(error: Exception) -> float:
 def _members(group: Any) -> tuple[Exception, ...]:
     members: tuple[Exception, ...] = group.exceptions
     return members
-
-
-def _checked(on: Any) -> tuple[tuple[type[Exception], ...], Callable[[Exception], bool] | None]:
-    """Return `on` as classes and a predicate, one of which is missing."""
-    if callable(on) and not isinstance(on, type):
-        if inspect.iscoroutinefunction(on) or inspect.iscoroutinefunction(on.__call__):
-            raise TypeError(f"on must be a plain function, whose answer is there at once, not {on!r}")
-        return (), cast("Callable[[Exception], bool]", on)
-    classes: tuple[Any, ...] = on if isinstance(on, tuple) else (on,)  # pyright: ignore[reportUnknownVariableType]  # judged below
-    if not classes:
-        raise ValueError("on must name at least one exception class; to retry nothing, say max_retries=0")
-    for c in classes:
-        if not (isinstance(c, type) and issubclass(c, Exception)):
-            raise TypeError(f"on must name classes of Exception (cancellations are never retried), not {c!r}")
-        if issubclass(c, ExceptionGroup):
-            raise TypeError(f"on is asked about each error in a group: name those, not {c.__name__}")
-    return classes, None

@@ -8,10 +8,10 @@
 True
 """
 
-import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
+from meshkit import _check
 from meshkit.errors import Refused
 from meshkit.events import report
 
@@ -27,7 +27,7 @@ class TripRule:
     __slots__ = ("_classes", "_named", "_predicate")
 
     def __init__(self, trips_on: TripsOn) -> None:
-        self._classes, self._predicate = _checked(trips_on)
+        self._classes, self._predicate = _check.errors("trips_on", trips_on, none="the circuit would never open")
         self._named = tuple(c for c in self._classes if issubclass(c, Refused))
 
     def counts(self, error: Exception) -> bool:
@@ -44,22 +44,3 @@ class TripRule:
         except Exception as failure:  # noqa: BLE001 - it must not mask the error that it was asked about
             report(failure, f"the predicate `trips_on` failed on {type(error).__name__}, which counts", self._predicate)
             return True
-
-
-def _checked(trips_on: Any) -> tuple[tuple[type[Exception], ...], Callable[[Exception], bool] | None]:
-    """Return `trips_on` as classes and a predicate, one of which is missing."""
-    if not isinstance(trips_on, type | tuple):
-        if not callable(trips_on) or inspect.iscoroutinefunction(trips_on):
-            raise TypeError(
-                f"trips_on must be an exception class, a tuple of them, or a plain function, not {trips_on!r}"
-            )
-        return (), cast("Callable[[Exception], bool]", trips_on)
-    classes: tuple[Any, ...] = trips_on if isinstance(trips_on, tuple) else (trips_on,)  # pyright: ignore[reportUnknownVariableType]  # judged below
-    if not classes:
-        raise ValueError("trips_on must name at least one exception class: with none, the circuit would never open")
-    for c in classes:
-        if not (isinstance(c, type) and issubclass(c, Exception)):
-            raise TypeError(f"trips_on must name classes of Exception (cancellations never count), not {c!r}")
-        if issubclass(c, ExceptionGroup):
-            raise TypeError("trips_on is asked about each error in a group: name those, not ExceptionGroup")
-    return classes, None

@@ -77,10 +77,12 @@ class PendingCalls(Generic[T]):
 
     Deadlines are kept in buckets of `GRAIN` seconds. A call that is answered leaves its bucket in O(1); only what is
     left when a bucket begins is put in order, by a heap. So a deadline is exact, but costs no timer, and is forgotten
-    with its call (compare the timing wheels of Varghese and Lauck, 1987).
+    with its call (compare the timing wheels of Varghese and Lauck, 1987). Buckets that are empty go before there are
+    more than `SPARE`, and one for each call that is pending.
     """
 
     GRAIN = 0.25  # a power of two, so that the beginning of a bucket is exact
+    SPARE = 64
     REMEMBERED = 8192  # so many calls, at least, are remembered after they have ended
 
     def __init__(self, max_pending: int) -> None:
@@ -102,6 +104,9 @@ class PendingCalls(Generic[T]):
         beginning = deadline - deadline % self.GRAIN
         bucket = self._buckets.get(beginning)
         if bucket is None:
+            if len(self._buckets) >= 2 * len(calls) + self.SPARE:  # so more than half are empty: amortised O(1)
+                self._buckets = {start: bucket for start, bucket in self._buckets.items() if bucket}
+                self._beginnings = sorted(self._buckets)
             bucket = self._buckets[beginning] = {}
             heapq.heappush(self._beginnings, beginning)
         bucket[call_id] = deadline

@@ -30,6 +30,7 @@ import asyncio
 import enum
 import functools
 import math
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from types import TracebackType
@@ -284,7 +285,7 @@ class CircuitBreaker(Guard):
         self._name = name
         self._observer = observer
         self._refused = 0
-        self._manual: list[Lease] = []  # the oldest first
+        self._manual: deque[Lease] = deque()  # the oldest first
         self._clock = Clock()
         self._mode = self._circuit.mode  # that the observer knows of
         self._common: Lease = self._circuit.generation  # of the `_open` blocks that are not told apart
@@ -442,7 +443,7 @@ class CircuitBreaker(Guard):
         self._record(None)
 
     def _record(self, failed: bool | None) -> None:
-        self._end(self._manual.pop(0) if self._manual else self._circuit.generation, failed)
+        self._end(self._manual.popleft() if self._manual else self._circuit.generation, failed)
 
     def _admit(self) -> Lease:
         moment = self._clock.now()

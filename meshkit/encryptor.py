@@ -28,7 +28,7 @@ from nacl.bindings import crypto_aead
 from nacl.exceptions import CryptoError
 
 from meshkit._chunks import BytesLike, Chunks, Source, as_bytes, converted, size_of
-from meshkit._entropy import random_bytes
+from meshkit._entropy import Secret, random_bytes
 from meshkit.errors import BadSeal
 
 __all__ = ["Encryptor", "Sealed"]
@@ -48,15 +48,6 @@ class Sealed(NamedTuple):
 
 
 # --- keys ---------------------------------------------------------------------------------------------------
-
-
-class _Key(bytes):
-    """A key that does not show itself, and is bytes for libsodium."""
-
-    def __repr__(self) -> str:
-        return "<key>"
-
-    __str__ = __repr__
 
 
 def _refusal(name: str, values: tuple[Any, ...], lengths: range, context: Any) -> TypeError | ValueError | None:
@@ -196,7 +187,7 @@ class Encryptor:
     def __init__(self, key: bytes, *older: bytes) -> None:
         keys = (key, *older)
         refusal = _refusal("key", keys, range(_KEY, _KEY + 1), "given")
-        self._keys: tuple[bytes, ...] = () if refusal else tuple(map(_Key, keys))
+        self._keys: tuple[bytes, ...] = () if refusal else tuple(map(Secret, keys))
         del key, older, keys  # a traceback that renders variables must not show these
         if refusal is not None:
             raise refusal
@@ -214,7 +205,9 @@ class Encryptor:
         """
         secrets = (secret, *older)
         refusal = _refusal("secret", secrets, range(_LEAST_SECRET, sys.maxsize), context)
-        keys = () if refusal else tuple(_Key(_hkdf(each, context.encode("utf-8", "surrogatepass"))) for each in secrets)
+        keys = (
+            () if refusal else tuple(Secret(_hkdf(each, context.encode("utf-8", "surrogatepass"))) for each in secrets)
+        )
         del secret, older, secrets
         if refusal is not None:
             raise refusal

@@ -88,11 +88,12 @@ class Retrier(Guard):
     - what says that trying again is no use (`Untrusted`, `Closed`, a `RemoteError` that is not `retryable`), unless a
       predicate says otherwise.
 
-    In an exception group every error must pass. The delay is the policy's backoff, or an error's `retry_after` if that
-    is longer. One that would end after the deadline (the policy's, or of an enclosing anyio scope) is not begun. In the
-    end the last error is raised, the very object, with a note: after how many attempts, how long after the first
-    failure, and why no other followed. The policy's `timeout` cuts the attempt in flight: a `CallTimeout`, whose cause
-    is the error before it.
+    In an exception group every error must pass. The delay is the policy's backoff. An error's `retry_after` is a floor
+    under it, and jitter is put on top, so that those who were told the same time do not come back together. A delay
+    that would end after the deadline (the policy's, or of an enclosing anyio scope) is not begun. In the end the last
+    error is raised, the very object, with a note: after how many attempts, how long after the first failure, and why no
+    other followed. The policy's `timeout` cuts the attempt in flight: a `CallTimeout`, whose cause is the error before
+    it.
 
     One object serves any number of tasks: what belongs to a call lives in its `Attempts`. Cost: while first attempts
     succeed and no timeout is set, that of a bare wrapper (and half a microsecond for a budget).
@@ -299,7 +300,8 @@ class Attempts:
         asked = asked_delay(error)
         if asked > policy.max_retry_after:
             return f"it asks to wait {asked:g} s, more than max_retry_after={policy.max_retry_after:g}"
-        delay = max(asked, retrier.delay_for(self.number))
+        delay = retrier.delay_for(self.number)
+        delay = asked + delay if policy.jitter else max(asked, delay)  # who was told one time must not come at one time
         if self._failed_at + delay >= min(self._deadline, anyio.current_effective_deadline()):
             return f"the next attempt, in {delay:.3g} s, would come after the deadline"
         if retrier.budget is not None and not retrier.budget.try_spend(self._failed_at):

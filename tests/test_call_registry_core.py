@@ -27,6 +27,7 @@ class PendingCallsMachine(RuleBasedStateMachine):
         self.now = start
         self.max_pending = max_pending
         self.pending: PendingCalls[int] = PendingCalls(max_pending)
+        self.pending.SPARE = 1  # so that empty buckets must go all the time
 
     def end(self, call_id: str, replied: bool) -> int:
         del self.deadlines[call_id]
@@ -97,6 +98,8 @@ class PendingCallsMachine(RuleBasedStateMachine):
             assert self.pending.wake_at() == math.inf
         in_buckets = sum(len(bucket) for bucket in self.pending._buckets.values())
         assert in_buckets <= len(self.deadlines)
+        assert set(self.pending._beginnings) == set(self.pending._buckets)
+        assert len(self.pending._beginnings) == len(self.pending._buckets)
 
 
 TestPendingCalls = PendingCallsMachine.TestCase
@@ -153,3 +156,13 @@ def test_a_hundred_thousand_answered_calls_leave_nothing_while_one_is_pending() 
         pending.take(str(number), replied=True)
     assert sum(map(len, pending._buckets.values())) + len(pending._soon) == 1
     assert len(pending._beginnings) == len(pending._buckets) <= 30 / pending.GRAIN + 3
+
+
+def test_answered_calls_with_all_kinds_of_timeouts_leave_no_buckets_while_one_is_pending() -> None:
+    pending: PendingCalls[None] = PendingCalls(10)
+    pending.add("the one", None, 0.5)
+    for number in range(1000):
+        pending.add(str(number), None, 1.0 + number * pending.GRAIN)
+        pending.take(str(number), replied=True)
+    assert len(pending._beginnings) == len(pending._buckets) <= pending.SPARE + 2
+    assert pending.expire(0.5) == [None]

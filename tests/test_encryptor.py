@@ -321,7 +321,7 @@ def test_repr_says_how_many_keys_there_are() -> None:
 def test_each_key_itself_is_masked() -> None:
     shows: list[Callable[[Any], str]] = [repr, str, "{}".format, "{!r}".format, "%s".__mod__, ascii, pprint.pformat]
     for key in Encryptor(KEY, OLD)._keys:
-        assert [show(key) for show in shows] == ["<key>"] * len(shows)
+        assert [show(key) for show in shows] == ["<secret>"] * len(shows)
 
 
 async def first(stream: AsyncIterator[bytes]) -> bytes:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import random
 from typing import Any, ClassVar
 
 import pytest
@@ -170,10 +171,19 @@ async def test_a_retry_after_is_a_floor_under_the_delay() -> None:
     assert fn.calls == [0.0, 1.0, 11.0]
 
 
-async def test_a_retry_after_holds_also_with_jitter_and_beyond_max_delay() -> None:
+async def test_a_retry_after_holds_also_beyond_max_delay() -> None:
     fn = Script(RateLimited(name="x", key=1, max_count=1, window=1.0, retry_after=45.0), "done")
-    await Retrier(RetryPolicy(), on=Refused).call(fn)
+    await Retrier(PLAIN, on=Refused).call(fn)
     assert fn.calls == [0.0, 45.0]
+
+
+async def test_those_who_were_told_the_same_retry_after_come_back_apart_and_none_too_early() -> None:
+    retrier = Retrier(RetryPolicy(base_delay=2.0), on=Refused, rng=random.Random(7))
+    calls = [Script(Refused(retry_after=45.0), "done") for _ in range(100)]
+    await asyncio.gather(*map(retrier.call, calls))
+    delays = [fn.calls[1] for fn in calls]
+    assert all(45.0 <= delay <= 47.0 for delay in delays)
+    assert max(delays) - min(delays) > 1.0, "as far as the backoff alone would set them apart"
 
 
 async def test_the_longest_wait_that_may_be_asked_for_is_waited_for() -> None:
@@ -233,12 +243,12 @@ class GroupOfOnesOwn(ExceptionGroup[Exception]):
     ("on", "kind", "message"),
     [
         (None, TypeError, "on must name classes of Exception .*, not None"),
-        ((), ValueError, "on must name at least one exception class; to retry nothing, say max_retries=0"),
+        ((), ValueError, "on must name at least one exception class: to retry nothing, say max_retries=0"),
         ((OSError, "x"), TypeError, "on must name classes of Exception .*, not 'x'"),
         ([OSError], TypeError, "on must name classes of Exception"),
         (int, TypeError, "on must name classes of Exception"),
-        (BaseException, TypeError, r"on must name classes of Exception \(cancellations are never retried\)"),
-        (asyncio.CancelledError, TypeError, "cancellations are never retried"),
+        (BaseException, TypeError, r"on must name classes of Exception \(cancellations are not for it\)"),
+        (asyncio.CancelledError, TypeError, "cancellations are not for it"),
         (ExceptionGroup, TypeError, "on is asked about each error in a group: name those, not ExceptionGroup"),
         (GroupOfOnesOwn, TypeError, "on is asked about each error in a group: name those, not GroupOfOnesOwn"),
         (async_predicate, TypeError, "on must be a plain function, whose answer is there at once"),

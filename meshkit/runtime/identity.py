@@ -25,7 +25,7 @@ from typing import Any, NoReturn, Self
 from nacl import bindings as sodium
 from nacl.exceptions import BadSignatureError
 
-from meshkit._entropy import random_bytes
+from meshkit._entropy import Secret, random_bytes
 from meshkit.encryptor import Encryptor
 
 __all__ = ["SIGNATURE_SIZE", "Identity", "node_id_of", "public_key_of", "verify"]
@@ -83,15 +83,6 @@ def verify(public_key: bytes, signature: bytes, data: bytes) -> bool:
 # --- the identity -------------------------------------------------------------------------------------------
 
 
-class _Secret(bytes):
-    """Bytes that do not show themselves."""
-
-    def __repr__(self) -> str:
-        return "<secret>"
-
-    __str__ = __repr__
-
-
 class Identity:
     """The key pair of a node. Made by `generate`, `from_seed` or `load_or_create`; it never changes.
 
@@ -101,15 +92,15 @@ class Identity:
     __slots__ = ("_node_id", "_public_key", "_secret_key")
 
     def __init__(self, seed: bytes) -> None:
-        public_key, secret_key = sodium.crypto_sign_seed_keypair(_Secret(seed))
+        public_key, secret_key = sodium.crypto_sign_seed_keypair(Secret(seed))
         self._public_key = public_key
-        self._secret_key = _Secret(secret_key)
+        self._secret_key = Secret(secret_key)
         self._node_id = node_id_of(public_key)
 
     @classmethod
     def generate(cls) -> Self:
         """Return a new identity, which is gone with this object: see `load_or_create` for one that stays."""
-        return cls(_Secret(random_bytes(_KEY_SIZE)))
+        return cls(Secret(random_bytes(_KEY_SIZE)))
 
     @classmethod
     def from_seed(cls, seed: bytes) -> Self:
@@ -144,7 +135,7 @@ class Identity:
                 raise ValueError(f"{path} is a symbolic link to nothing: remove it, or mend it") from None
             _create(path)
             found = _read(path)
-        if isinstance(found, _Secret):
+        if isinstance(found, Secret):
             return cls(found)
         raise ValueError(f"{path} {found}")
 
@@ -179,8 +170,8 @@ class Identity:
             ValueError: `node_id` is not a node id, or `context` is empty.
         """
         theirs = sodium.crypto_sign_ed25519_pk_to_curve25519(public_key_of(node_id))
-        ours = _Secret(sodium.crypto_sign_ed25519_sk_to_curve25519(self._secret_key))
-        return Encryptor.derive(_Secret(sodium.crypto_scalarmult(ours, theirs)), context)
+        ours = Secret(sodium.crypto_sign_ed25519_sk_to_curve25519(self._secret_key))
+        return Encryptor.derive(Secret(sodium.crypto_scalarmult(ours, theirs)), context)
 
 
 def _refusal(seed: Any) -> TypeError | ValueError | None:
@@ -203,7 +194,7 @@ def _content(seed: bytes) -> bytes:
     return f"meshkit-identity-1 {Identity(seed).node_id} {node_id_of(seed)}\n".encode()
 
 
-def _read(path: Path) -> _Secret | str:
+def _read(path: Path) -> Secret | str:
     """Return the seed in the file, or what is wrong with the file."""
     descriptor = os.open(path, _READ)
     try:
@@ -216,14 +207,14 @@ def _read(path: Path) -> _Secret | str:
                 f"may be used by others (mode {mode:04o}): make it yours alone with chmod 600; if others may have read "
                 "it, delete it instead, and a new identity is made"
             )
-        content = _Secret(os.read(descriptor, _FILE_SIZE + 1))
+        content = Secret(os.read(descriptor, _FILE_SIZE + 1))
     finally:
         os.close(descriptor)
     seed = _decoded(content[-_ID_SIZE - 1 : -1].decode("ascii", "replace"))
     if seed is None or _content(seed) != content:
         what = "is not a key file, or is damaged" if content else "is empty"
         return f"{what}: give another path, or restore it from a backup; if you delete it, a new identity is made"
-    return _Secret(seed)
+    return Secret(seed)
 
 
 def _create(path: Path) -> None:
