@@ -135,7 +135,10 @@ def _checked(on: Any) -> tuple[tuple[type[Exception], ...], Callable[[Exception]
         raise ValueError("on must name at least one exception class; to retry nothing, say max_retries=0")
     for c in classes:
         if not (isinstance(c, type) and issubclass(c, Exception)):
-            raise TypeError(f"on must name classes of Exception (cancellations are never retried), not {c!r}")
+            raise TypeError(
+                "on must name classes of Exception (cancellations are never retried): one, or a tuple of them, "
+                f"or be a plain function of the error; not {c!r}"
+            )
         if issubclass(c, ExceptionGroup):
             raise TypeError(f"on is asked about each error in a group: name those, not {c.__name__}")
     return classes, None

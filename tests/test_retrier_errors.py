@@ -232,9 +232,9 @@ class GroupOfOnesOwn(ExceptionGroup[Exception]):
 @pytest.mark.parametrize(
     ("on", "kind", "message"),
     [
-        (None, TypeError, "on must name classes of Exception .*, not None"),
+        (None, TypeError, "on must name classes of Exception .*; not None"),
         ((), ValueError, "on must name at least one exception class; to retry nothing, say max_retries=0"),
-        ((OSError, "x"), TypeError, "on must name classes of Exception .*, not 'x'"),
+        ((OSError, "x"), TypeError, "on must name classes of Exception .*; not 'x'"),
         ([OSError], TypeError, "on must name classes of Exception"),
         (int, TypeError, "on must name classes of Exception"),
         (BaseException, TypeError, r"on must name classes of Exception \(cancellations are never retried\)"),
