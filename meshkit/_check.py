@@ -40,6 +40,20 @@ def ratio(name: str, value: float) -> float:
     return float(value)
 
 
+def not_a_function(fn: object) -> TypeError:
+    """Return the error for who gives a guard something that cannot be called: as a rule, a call that was begun already.
+
+    Whether it can be is asked where the call is, `if not callable(fn)`: that costs a tenth of a call of this function.
+    """
+    if not inspect.iscoroutine(fn):
+        return TypeError(f"the first argument must be an async function, not {fn!r}")
+    fn.close()  # else Python warns as well that it was never awaited
+    name = fn.__name__
+    return TypeError(
+        f"the first argument must be an async function, not a call of it: ({name}, x), and not ({name}(x))"
+    )
+
+
 def limits(these: "DataclassInstance") -> None:
     """Check the fields of a dataclass: those called `max_...` are counts, the others durations."""
     for field in dataclasses.fields(these):
@@ -59,7 +73,10 @@ def errors(
         raise ValueError(f"{name} must name at least one exception class: {none}")
     for c in classes:
         if not (isinstance(c, type) and issubclass(c, Exception)):
-            raise TypeError(f"{name} must name classes of Exception (cancellations are not for it), not {c!r}")
+            raise TypeError(
+                f"{name} must name classes of Exception (cancellations are not for it), one or a tuple of them, "
+                f"not {c!r}"
+            )
         if issubclass(c, ExceptionGroup):
             raise TypeError(f"{name} is asked about each error in a group: name those, not {c.__name__}")
     return classes, None

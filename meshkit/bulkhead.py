@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import ClassVar, Generic, ParamSpec, TypeVar
 
 from meshkit import _check
-from meshkit._time import now
+from meshkit._time import now, running_loop
 from meshkit.errors import BulkheadFull
 from meshkit.events import Event, Observer, notify
 from meshkit.guard import Guard
@@ -155,6 +155,8 @@ class Bulkhead(Guard):
         Raises:
             BulkheadFull: The call was not made: every slot is taken, and so is every place in line.
         """
+        if not callable(fn):
+            raise _check.not_a_function(fn)
         if not self._slots.take():
             await self._wait()
         try:
@@ -183,13 +185,24 @@ class Bulkhead(Guard):
             await turn
             notify(self._observer, BulkheadWaited(self._name, now() - since))
         except BaseException:
-            if not slots.step_out(turn) and not turn.cancelled():
+            given = turn.done() and not turn.cancelled() and turn.exception() is None
+            if not slots.step_out(turn) and given:
                 self._give_back()  # it was given a slot, and cancelled before it could use it
             raise
 
     def _give_back(self) -> None:
         while (turn := self._slots.give_back()) is not None:
             # Cancelled, or left over from a loop that is gone: the slot goes on to the next in line.
-            if not turn.done() and not turn.get_loop().is_closed():
+            loop = turn.get_loop()
+            if turn.done() or loop.is_closed():
+                continue
+            if loop is running_loop() or not loop.is_running():
                 turn.set_result(None)
                 return
+            loop.call_soon_threadsafe(_refuse, turn, self._name)  # to wake it from here would not wake its loop
+
+
+def _refuse(turn: "asyncio.Future[None]", name: str) -> None:
+    """Fail one who waits on another loop, in another thread, than those who have the slots: else it waits for ever."""
+    if not turn.done():
+        turn.set_exception(RuntimeError(f"{name}: used on two event loops at a time: each needs a bulkhead of its own"))

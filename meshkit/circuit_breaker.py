@@ -112,7 +112,9 @@ class FailureRate:
         elif self.window is not None:
             raise ValueError(f"window={self.window!r} and calls={self.calls!r}: give one of them")
         elif _check.count("calls", self.calls) < self.minimum_calls:
-            raise ValueError(f"minimum_calls={self.minimum_calls!r} of the last calls={self.calls!r} can never be seen")
+            raise ValueError(
+                f"minimum_calls={self.minimum_calls!r} is more than calls={self.calls!r}: it would never open"
+            )
 
 
 class Circuit:
@@ -341,6 +343,8 @@ class CircuitBreaker(Guard):
         Raises:
             CircuitOpen: The call was not made; after `retry_after` seconds one may be.
         """
+        if not callable(fn):
+            raise _check.not_a_function(fn)
         lease = self._circuit.free or self._admit()
         try:
             result = await fn(*args, **kwargs)

@@ -14,6 +14,7 @@ The result never depends on the order in which votes arrive: nodes that have the
 import asyncio
 import cmath
 import contextlib
+import inspect
 import math
 import reprlib
 from collections import Counter
@@ -23,6 +24,7 @@ from decimal import Decimal
 from typing import Any, Generic, TypeVar, cast
 
 from meshkit import _check
+from meshkit._time import running_loop
 from meshkit.errors import NoQuorum, TooManyKeys, UnknownVoter
 
 __all__ = ["ConsensusHelper", "Outcome", "majority", "median", "plurality", "trimmed_mean"]
@@ -149,7 +151,9 @@ def _rank(value: Any) -> tuple[Any, ...]:
         return 3, sorted(_rank(member) for member in members), kind
     text = repr(value)
     if " at 0x" in text and not isinstance(value, bytes):
-        raise TypeError(f"a {kind} without a __repr__ of its own is not the same on every node: vote with plain data")
+        raise TypeError(
+            f"{kind} objects have no __repr__ of their own: theirs is not the same on every node: vote with plain data"
+        )
     return 4, kind, text
 
 
@@ -221,8 +225,8 @@ class ConsensusHelper(Generic[T]):
         name: str = "consensus",
     ) -> None:
         self._threshold = _check.count("threshold", threshold)
-        if not callable(aggregator):
-            raise TypeError(f"aggregator must be a function of a list of votes, not {aggregator!r}")
+        if inspect.iscoroutinefunction(aggregator) or not callable(aggregator):
+            raise TypeError(f"aggregator must be a plain function of a list of votes, not {aggregator!r}")
         if isinstance(voters, (str, bytes)):
             raise TypeError(f"voters must be a collection of voters, not the single {voters!r}")
         self._voters = None if voters is None else frozenset(voters)
@@ -251,10 +255,12 @@ class ConsensusHelper(Generic[T]):
         Raises:
             UnknownVoter: `voters` were given, and this is none of them.
             TooManyKeys: `max_voters` others have voted.
+            RuntimeError: A task waits on the loop of another thread.
             TypeError, ValueError: This value cannot be voted with; an earlier vote stays.
         """
         if self._voters is not None and voter not in self._voters:
             raise UnknownVoter(name=self._name, voter=voter)
+        self._refuse_other_loops()
         try:
             self._check(value)
         except (TypeError, ValueError) as error:
@@ -269,6 +275,13 @@ class ConsensusHelper(Generic[T]):
             for waiter in self._waiters:
                 if not (waiter.done() or waiter.get_loop().is_closed()):
                     waiter.set_result(None)
+
+    def _refuse_other_loops(self) -> None:
+        """Raise if the vote cannot wake those who wait, since their loop runs in another thread."""
+        here = running_loop()
+        for waiter in self._waiters if len(self._votes) + 1 >= self._threshold else ():  # it may be the last one needed
+            if waiter.get_loop() is not here and waiter.get_loop().is_running():
+                raise RuntimeError(f"{self._name}: tasks of another event loop wait for votes: vote on that loop")
 
     @property
     def vote_count(self) -> int:

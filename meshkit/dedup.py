@@ -329,6 +329,8 @@ class DedupCache:
             RuntimeError: `key` was seen by `check` or `mark`, so there is no result to return.
             Exception: What `fn` raised.
         """
+        if not callable(fn):
+            raise _check.not_a_function(fn)
         flight = self._flights.get(key)
         waits = True
         if flight is None or flight.over:

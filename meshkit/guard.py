@@ -110,6 +110,8 @@ class Stack(Guard):
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `fn` through every guard, the outermost first."""
+        if not callable(fn):
+            raise _check.not_a_function(fn)
         outermost, *inner = self.guards
         guarded: Callable[P, Awaitable[T]] = fn
         for guard in reversed(inner):
@@ -212,6 +214,9 @@ class PerKey(Generic[K, G]):
     MAX_LOOKS = 64
 
     def __init__(self, make: Callable[[K], G], *, max_keys: int = 10_000, name: str = "per-key") -> None:
+        given: object = make
+        if not callable(given) or isinstance(given, Guard):
+            raise TypeError(f"make must be a function of a key that makes a guard, not {make!r}")
         self._make = make
         self._max_keys = _check.count("max_keys", max_keys)
         self._name = name
@@ -233,7 +238,9 @@ class PerKey(Generic[K, G]):
         guard = self._let_go.pop(key, None)
         if guard is None:
             guard = self._make(key)
-            weakref.ref(guard)  # a TypeError now, not when there are too many
+            if inspect.getattr_static(guard, "idle", None) is None:  # now, and not when there are too many
+                raise TypeError(f"{self._name}: make({key!r}) must return a guard, not {guard!r}")
+            weakref.ref(guard)  # the same
             self._make_room(key)  # again: `make` may have asked for other keys
         self._guards[key] = guard
         return guard

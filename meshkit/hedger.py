@@ -94,6 +94,8 @@ class Hedger(Guard):
         Raises:
             Exception: All copies failed: the first error.
         """
+        if not callable(fn):
+            raise _check.not_a_function(fn)
         if self.budget is not None:
             self.budget.record_call(now())
         race = _Race(self, functools.partial(fn, *args, **kwargs))

@@ -207,6 +207,8 @@ class Logger:
     ) -> None:
         if level not in LEVELS:
             raise ValueError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
+        if output is not None and not hasattr(output, "write"):
+            raise TypeError(f"output must be an open text stream, such as sys.stdout, not {output!r}")
         self._batch = TimedBatch(
             self._write_group,
             self._tell_dropped,
@@ -280,6 +282,8 @@ class Logger:
 
         Its first error goes to the loop's exception handler.
         """
+        if not callable(formatter):
+            raise TypeError(f"formatter must be a function of entries that returns a text, not {formatter!r}")
         self._formatters[service, event_type] = formatter
         self._failing.discard((service, event_type))
 

@@ -276,6 +276,8 @@ class RateLimiter(Guard):
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Wait for the limit without a key, then call `fn`."""
+        if not callable(fn):
+            raise _check.not_a_function(fn)
         await self.acquire()
         return await fn(*args, **kwargs)
 
@@ -379,5 +381,7 @@ class KeyLimit(Guard):
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Wait for the turn, then call `fn`."""
+        if not callable(fn):
+            raise _check.not_a_function(fn)
         await self._limiter.acquire(self._key, self._cost)
         return await fn(*args, **kwargs)

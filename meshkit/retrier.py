@@ -148,6 +148,8 @@ class Retrier(Guard):
             CallTimeout: The policy's `timeout` is over; or `attempt_timeout` is, and no other attempt followed.
             Exception: The last error of `fn`.
         """
+        if not callable(fn):
+            raise _check.not_a_function(fn)
         if self._limited:
             return await _repeat(Attempts(self), fn, args, kwargs)
         if self.budget is not None:

@@ -72,6 +72,8 @@ class Timeout(Guard):
         Raises:
             CallTimeout: It took longer than the timeout.
         """
+        if not callable(fn):
+            raise _check.not_a_function(fn)
         scope = self._enter()
         try:
             result = await fn(*args, **kwargs)

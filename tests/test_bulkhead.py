@@ -1,6 +1,7 @@
 import asyncio
 import pickle
 import random
+import threading
 from collections import deque
 from collections.abc import Coroutine
 from typing import Any
@@ -392,3 +393,27 @@ def test_bad_limits_are_refused_by_name(arguments: dict[str, int], message: str)
 def test_limits_of_another_type_are_refused() -> None:
     with pytest.raises(TypeError, match=r"^max_concurrent must be a whole number, not True$"):
         Bulkhead(True)
+
+
+def test_who_waits_in_another_thread_than_those_who_run_is_told_and_does_not_hang() -> None:
+    bulkhead = Bulkhead(1, max_queue=1, name="db")
+    waits, errors = threading.Event(), list[BaseException]()
+
+    async def wait() -> None:
+        asyncio.get_running_loop().call_soon(waits.set)
+        try:
+            async with bulkhead:
+                pass
+        except RuntimeError as error:
+            errors.append(error)
+
+    with asyncio.Runner() as runner:
+        runner.run(bulkhead.__aenter__())
+        thread = threading.Thread(target=asyncio.run, args=(wait(),), daemon=True)
+        thread.start()
+        assert waits.wait(10)
+        runner.run(bulkhead.__aexit__(None, None, None))
+        thread.join(10)
+    assert not thread.is_alive()
+    assert [str(e) for e in errors] == ["db: used on two event loops at a time: each needs a bulkhead of its own"]
+    assert (bulkhead.stats().running, bulkhead.stats().waiting) == (0, 0)

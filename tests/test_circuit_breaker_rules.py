@@ -345,7 +345,7 @@ async def test_the_memory_of_a_window_is_bounded() -> None:
         ({"minimum_calls": 0}, "minimum_calls must be at least 1, not 0"),
         ({"slow_call": -1}, "slow_call must be finite and more than zero seconds, not -1"),
         ({"calls": 0}, "calls must be at least 1, not 0"),
-        ({"calls": 10}, "minimum_calls=20 of the last calls=10 can never be seen"),
+        ({"calls": 10}, "minimum_calls=20 is more than calls=10: it would never open"),
         ({"calls": 100, "window": 10.0}, "window=10.0 and calls=100: give one of them"),
     ],
 )

@@ -7,12 +7,13 @@ import random
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from enum import Enum
 from fractions import Fraction
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import example, given, settings, strategies as st
@@ -250,9 +251,9 @@ BAD_VALUES: list[tuple[Any, type[Exception], str]] = [
     ([1], TypeError, r"\[1\] is a list, which is not hashable and cannot be counted: vote with a tuple"),
     ({"a": 1}, TypeError, r"\{'a': 1\} is a dict, which is not hashable"),
     ((1, [2]), TypeError, "is a tuple, which is not hashable"),
-    (Addressed(), TypeError, "a Addressed without a __repr__ of its own is not the same on every node"),
-    (lambda: 1, TypeError, "a function without a __repr__ of its own"),
-    (Point(1, Addressed()), TypeError, "a Point without a __repr__ of its own"),
+    (Addressed(), TypeError, "Addressed objects have no __repr__ of their own: theirs is not the same on every node"),
+    (lambda: 1, TypeError, "function objects have no __repr__ of their own"),
+    (Point(1, Addressed()), TypeError, "Point objects have no __repr__ of their own"),
     (math.nan, ValueError, "nan is not a finite number"),
     (complex(0, math.inf), ValueError, "is not a finite number"),
     (Decimal("NaN"), ValueError, r"Decimal\('NaN'\) is not a finite number"),
@@ -450,7 +451,7 @@ def test_voters_may_be_objects_that_only_this_process_can_tell_apart() -> None:
         ({"threshold": 3, "max_voters": 2}, ValueError, r"threshold must be at most max_voters \(2\), not 3"),
         ({"max_voters": 0}, ValueError, "max_voters must be at least 1, not 0"),
         ({"voters": "alice"}, TypeError, "voters must be a collection of voters, not the single 'alice'"),
-        ({"aggregator": None}, TypeError, "aggregator must be a function of a list of votes, not None"),
+        ({"aggregator": None}, TypeError, "aggregator must be a plain function of a list of votes, not None"),
     ],
 )
 def test_bad_arguments_are_named(arguments: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -539,3 +540,34 @@ def test_who_went_down_with_their_loop_does_not_keep_others_waiting() -> None:
     for task in left:
         task.get_coro().close()
         task._log_destroy_pending = False  # type: ignore[attr-defined]  # it was left on purpose
+
+
+def test_an_aggregator_is_no_async_function() -> None:
+    async def later(votes: list[int]) -> int:
+        return votes[0]
+
+    with pytest.raises(TypeError, match="aggregator must be a plain function of a list of votes, not <function"):
+        ConsensusHelper[Any](1, cast("Any", later))
+
+
+def test_a_vote_from_another_thread_is_refused_while_somebody_waits() -> None:
+    votes: ConsensusHelper[int] = ConsensusHelper(1, median, name="restarts")
+    waits, loops = threading.Event(), list[asyncio.AbstractEventLoop]()
+
+    async def wait() -> None:
+        loop = asyncio.get_running_loop()
+        loops.append(loop)
+        loop.call_soon(waits.set)
+        await votes.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(wait(),), daemon=True)
+    thread.start()
+    assert waits.wait(10)
+    with pytest.raises(RuntimeError, match="restarts: tasks of another event loop wait for votes: vote on that"):
+        votes.add_vote("alice", 1)
+    assert votes.vote_count == 0
+    loops[0].call_soon_threadsafe(votes.add_vote, "alice", 1)
+    thread.join(10)
+    assert not thread.is_alive()
+    assert votes.result() == 1
+    votes.add_vote("bob", 1)  # nobody waits any more

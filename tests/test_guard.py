@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from meshkit.bulkhead import Bulkhead
 from meshkit.circuit_breaker import CircuitBreaker, FailureRate, State
+from meshkit.dedup import DedupCache
 from meshkit.errors import BulkheadFull, CallTimeout, CircuitOpen, RateLimited, TooManyKeys
 from meshkit.guard import Guard, PerKey, Stack, stack
 from meshkit.hedger import Hedger
@@ -66,6 +67,32 @@ GUARDS: list[Callable[[], Guard]] = [
     lambda: RateLimiter(max_count=5, window=1.0),
     lambda: RateLimiter(max_count=5, window=1.0).for_key("bob"),
 ]
+
+CALLS: list[Callable[..., Awaitable[Any]]] = [
+    *(guard().call for guard in GUARDS[1:]),
+    retrier(timeout=1.0).call,
+    functools.partial(DedupCache(ttl=1.0).once, "key"),
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_a_call_that_was_begun_already_is_refused_and_what_to_do_is_said(call: Any) -> None:
+    with pytest.raises(TypeError, match=r"not a call of it: \(greet, x\), and not \(greet\(x\)\)$"):
+        await call(greet("bob"))  # a warning that it was never awaited would be an error here
+    with pytest.raises(TypeError, match=r"^the first argument must be an async function, not 'greet'$"):
+        await call("greet")
+
+
+async def test_what_cannot_be_called_is_neither_retried_nor_a_failure() -> None:
+    breaker = CircuitBreaker(failure_threshold=1)
+    events: list[object] = []
+    guards = stack(Retrier(RetryPolicy(), on=Exception, observer=events.append), breaker)
+    calls: list[Callable[..., Awaitable[Any]]] = [guards.call, breaker.call]
+    for call in calls:
+        with pytest.raises(TypeError, match="must be an async function"):
+            await call(greet("bob"), "again")
+    assert breaker.state is State.CLOSED
+    assert not events
 
 
 # --- what may be decorated ---------------------------------------------------------------------------------
@@ -627,6 +654,21 @@ class PerKeyMachine(RuleBasedStateMachine):
 
 TestPerKey = PerKeyMachine.TestCase
 TestPerKey.settings = settings(max_examples=60, stateful_step_count=30)
+
+
+@pytest.mark.parametrize("make", [None, "bob", CircuitBreaker()])
+def test_what_makes_guards_is_a_function(make: Any) -> None:
+    with pytest.raises(TypeError, match="make must be a function of a key that makes a guard, not "):
+        PerKey(make)
+
+
+def test_what_is_made_for_a_key_is_a_guard() -> None:
+    makers: list[Callable[[str], Any]] = [str.upper, list]
+    for make in makers:
+        peers: PerKey[str, Any] = PerKey(make)
+        with pytest.raises(TypeError, match=r"^per-key: make\('bob'\) must return a guard, not "):
+            peers["bob"]
+        assert "bob" not in peers
 
 
 @pytest.mark.parametrize("max_keys", [0, -1])

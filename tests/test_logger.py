@@ -6,7 +6,7 @@ import json
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, strategies as st
@@ -459,3 +459,13 @@ async def test_repr_shows_configuration_and_state(output: Output) -> None:
         logger.service("social").event("tease", "alice", "bob")
         assert repr(logger) == "Logger(node='alice', batch_window=1.5, services=['social', 'stash'], groups=1)"
         assert logger.stats() == LoggerStats(groups=1, pending=1, dropped=0, failed=0)
+
+
+def test_where_lines_go_and_what_words_them_is_checked() -> None:
+    with pytest.raises(TypeError, match=r"^output must be an open text stream, such as sys.stdout, not 'mesh.log'$"):
+        Logger(output=cast("Any", "mesh.log"))
+    with (
+        Logger(output=io.StringIO()) as logger,
+        pytest.raises(TypeError, match="formatter must be a function of entries"),
+    ):
+        logger.register_formatter("stash", "store", cast("Any", "{actor} stored"))

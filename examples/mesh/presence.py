@@ -49,8 +49,9 @@ class Presence(Service):
         while True:
             for peer in sorted(self.rt.peers):
                 present = await self.verify(peer)
-                if peer not in self.rt.peers:
-                    continue  # it has left the mesh, or is gone for the runtime too: that is no news
+                known = self.rt.peers.get(peer)
+                if known is None or known.draining:
+                    continue  # it leaves the mesh, or is gone for the runtime too: that is no news
                 if self.note(peer, present=present):
                     await self.rt.emit(NEWS, News(peer, present))
             await anyio.sleep(self.every)

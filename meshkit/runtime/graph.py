@@ -135,8 +135,11 @@ def _faults_of_services(services: Sequence[object]) -> Iterator[str]:
         if not isinstance(service, Service):
             yield f"{service!r} is not a service: pass instances of subclasses of Service"
             continue
+        if getattr(service, "name", None) is None:
+            yield f'{type(service).__name__} has no name: give it one, as in `name = "stash"`'
+            continue
         try:
-            name = check_name(f"the name of {type(service).__name__}", getattr(service, "name", None))
+            name = check_name(f"the name of {type(service).__name__}", service.name)
         except ValueError as error:
             yield str(error)
             continue

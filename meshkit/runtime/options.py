@@ -57,9 +57,10 @@ def check_options(options: Any, overflows: Sequence[Overflow]) -> None:
         if name == "order_by" and value == "sender":
             continue
         if value is not None and (not callable(value) or inspect.iscoroutinefunction(value)):
-            raise TypeError(f"{name} must be a function that is not async, not {value!r}")
+            also = '"sender", or ' if name == "order_by" else ""
+            raise TypeError(f"{name} must be {also}a function that is not async, not {value!r}")
     if options.overflow is not None and options.overflow not in overflows:
-        raise ValueError(f"overflow must be one of {', '.join(overflows)} here, not {options.overflow!r}")
+        raise ValueError(f"overflow must be {' or '.join(overflows)} for this kind, not {options.overflow!r}")
     if options.retry is not None and not isinstance(options.retry, RetryPolicy):
         raise TypeError(f"retry must be a RetryPolicy, not {options.retry!r}")
     if options.retry is not None and (options.retry.timeout or options.retry.attempt_timeout):

@@ -36,6 +36,7 @@ __all__ = ["Router"]
 P = TypeVar("P")
 R = TypeVar("R")
 
+_NOT_A_REQUEST = "call() takes a request; {!r} is for emit(), if it is a broadcast or a local kind"
 _ENVELOPE = 1024  # bytes of a bundle that are for the other fields of a message
 
 
@@ -141,7 +142,7 @@ class Router:
     ) -> Awaitable[R]:
         """Ask the node `to` (None: any one that handles the kind); what this returns waits for its reply."""
         if not isinstance(behavior, Request):
-            raise TypeError(f"{behavior!r} has no reply: use emit()")
+            raise TypeError(_NOT_A_REQUEST.format(behavior))
         timeout = _check.duration("timeout", timeout)
         if to is None:
             if call_id is not None:
@@ -165,7 +166,7 @@ class Router:
     ) -> Replies[R]:
         """Ask several nodes at once; return when `quorum` have replied (None: when each has answered)."""
         if not isinstance(behavior, Request):
-            raise TypeError(f"{behavior!r} has no reply: use emit()")
+            raise TypeError(_NOT_A_REQUEST.format(behavior))
         if to is None:
             to = self._that_handle(behavior.kind)
             if not to:

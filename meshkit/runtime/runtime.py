@@ -85,6 +85,14 @@ class Runtime(Lifecycle):
         observer: Observer | None = None,
     ) -> None:
         super().__init__(check_name("the name of a node", name))
+        if not isinstance(services, Iterable):
+            raise TypeError(f"services must be a list of services, not {services!r}")
+        if identity is not None and not isinstance(identity, Identity):
+            raise TypeError(f"identity must be an Identity, such as Identity.load_or_create(path), not {identity!r}")
+        if transport is not None and (isinstance(transport, type) or not hasattr(transport, "in_process")):
+            raise TypeError(f"transport must be one, such as MemoryTransport(hub), not {transport!r}")
+        if logger is not None and not isinstance(logger, Logger):
+            raise TypeError(f"logger must be a meshkit.Logger, not {logger!r}")
         self.node = self.name if identity is None else identity.node_id
         self.services = tuple(services)
         self.grace = _check.duration("grace", grace, zero=True)
@@ -130,6 +138,7 @@ class Runtime(Lifecycle):
             Overloaded: A handler would wait for room in the mailbox of its own service.
             Closed: The runtime has stopped.
         """
+        _check_node(to)
         return await self._running().router.emit(behavior, payload, to)
 
     async def call(
@@ -162,6 +171,7 @@ class Runtime(Lifecycle):
                 exception, and "bad_reply" where the reply is not what this node declares.
             Closed: The runtime has stopped, or did meanwhile.
         """
+        _check_node(to)
         return await self._running().router.call(behavior, payload, to, timeout, id)
 
     async def call_many(
@@ -186,6 +196,8 @@ class Runtime(Lifecycle):
         if isinstance(to, str):
             raise TypeError(f"to must be ids of nodes, as in [{to!r}], not one string")
         nodes = None if to is None else list(dict.fromkeys(to))
+        for node in nodes or ():
+            _check_node(node)
         return await self._running().router.call_many(behavior, payload, nodes, timeout, quorum)
 
     # --- what it knows
@@ -253,6 +265,11 @@ class Runtime(Lifecycle):
         if transport.exposed and self._trust is None:
             raise ValueError(f"node {self.name!r} can be reached by strangers: say with trust= whom it trusts")
         return Prover(self._identity, name=self.name, trust=self._trust, window=self._window, started=_time.wall())
+
+
+def _check_node(to: object) -> None:
+    if to is not None and not isinstance(to, str):
+        raise TypeError(f"to must be the id of a node, as in rt.node and the keys of rt.peers, not {to!r}")
 
 
 def _names(names: Iterable[str]) -> Iterable[str]:

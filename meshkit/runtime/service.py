@@ -21,6 +21,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, cast, overload
 
+from meshkit import _check
 from meshkit.errors import MeshkitError
 from meshkit.runtime.behavior import Behavior, Broadcast, Local, Request
 from meshkit.runtime.message import Message, check_name
@@ -90,6 +91,14 @@ class Service:
     supervisor: Supervisor | None = None
     """Its tasks, while it runs; `spawn` adds to them."""
 
+    if not TYPE_CHECKING:  # to type checkers a __getattr__ would mean that every name exists
+
+        def __getattr__(self, name: str) -> Any:
+            if name in {"rt", "log"}:
+                what = f"self.{name} of {type(self).__name__} is there from init() on, when its runtime starts"
+                raise AttributeError(f"{what}: use it there, in start() or in handlers", name=name, obj=self)
+            return object.__getattribute__(self, name)  # raises as ever
+
     def init(self) -> None:
         """Prepare what needs `self.rt` or `self.log`; nothing runs yet."""
 
@@ -110,6 +119,8 @@ class Service:
         """
         if self.supervisor is None:
             raise RuntimeError(f"{type(self).__name__} does not run: spawn its background tasks in start()")
+        if not callable(fn):
+            raise _check.not_a_function(fn)
         what = name or str(getattr(fn, "__name__", "task"))
         return self.supervisor.supervise(
             functools.partial(fn, *args), what, Restarts(self.max_restarts, self.restart_window)

@@ -43,7 +43,8 @@ def play(name: str, *, quick: bool) -> Report:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *names()], help="which ones (default: all)")
+    which = f"{', '.join(names())} (default: all)"
+    parser.add_argument("names", nargs="*", choices=[[], *names()], metavar="name", help=which)
     parser.add_argument("--quick", action="store_true", help="a small version, as the tests run it; no time is judged")
     given = parser.parse_args()
     logging.getLogger("meshkit").setLevel(logging.CRITICAL)  # who is met and lost is not of interest here

@@ -237,9 +237,9 @@ async def waits(_: object) -> bool:
         ({"content_key": waits}, "content_key must be a function that is not async"),
         ({"filter": True}, "filter must be a function that is not async, not True"),
         ({"filter": waits}, "filter must be a function that is not async"),
-        ({"order_by": "kind"}, "order_by must be a function that is not async, not 'kind'"),
-        ({"order_by": waits}, "order_by must be a function that is not async"),
-        ({"overflow": "wait"}, "overflow must be one of drop_newest, drop_oldest here, not 'wait'"),
+        ({"order_by": "kind"}, "order_by must be \"sender\", or a function that is not async, not 'kind'"),
+        ({"order_by": waits}, 'order_by must be "sender", or a function that is not async'),
+        ({"overflow": "wait"}, "overflow must be drop_newest or drop_oldest for this kind, not 'wait'"),
         ({"retry": 3}, "retry must be a RetryPolicy, not 3"),
         ({"retry": RetryPolicy(timeout=1.0)}, "retry is bounded by max_retries and the caller's deadline"),
         ({"on_error": "ignore"}, "on_error must be one of log, drop, dead_letter, raise, not 'ignore'"),
@@ -266,7 +266,7 @@ def test_an_option_that_makes_no_sense_for_a_template_is_refused() -> None:
         request("a:b", int, reply=int, remember=5.0)
     with pytest.raises(ValueError, match="a:b: stage 'raw' cannot come before decode: what is local is not encoded"):
         local("a:b", int, stages=[Stage("raw", passes, "decode")])
-    with pytest.raises(ValueError, match="overflow must be one of refuse here, not 'drop_oldest'"):
+    with pytest.raises(ValueError, match="overflow must be refuse for this kind, not 'drop_oldest'"):
         request("a:b", int, reply=int, overflow="drop_oldest")
 
 

@@ -185,7 +185,7 @@ async def test_a_reply_that_is_not_what_was_declared(to: str) -> None:
 
 async def test_only_requests_can_be_called() -> None:
     async with mesh("alice") as (_, [alice], _):
-        with pytest.raises(TypeError, match=r"Broadcast\('social:tease', str\) has no reply: use emit"):
+        with pytest.raises(TypeError, match=r"Broadcast\('social:tease', str\) is for emit"):
             await alice.call(cast("Any", TEASE), "x", to="alice")
 
 
@@ -727,7 +727,20 @@ def test_a_payload_is_forgotten_with_the_error_of_its_call(how: str) -> None:
 
 async def test_only_requests_can_be_called_of_many_and_only_behaviors_emitted() -> None:
     async with mesh("alice") as (_, [alice], _):
-        with pytest.raises(TypeError, match=r"Broadcast\('social:tease', str\) has no reply: use emit"):
+        with pytest.raises(TypeError, match=r"Broadcast\('social:tease', str\) is for emit"):
             await alice.call_many(cast("Any", TEASE), "x")
         with pytest.raises(TypeError, match=r"emit\(\) takes a local kind or a broadcast; 'social:tease' is"):
             await alice.emit(cast("Any", "social:tease"), "x")
+
+
+@pytest.mark.parametrize("to", [3, b"bob", Runtime("bob")])
+async def test_a_node_is_named_by_its_id(to: Any) -> None:
+    async with Runtime("alice", [Stash()]) as alice:
+        for verb in (
+            lambda: alice.call(STORE, Store("x"), to=to),
+            lambda: alice.call_many(STORE, Store("x"), [to]),
+            lambda: alice.emit(TEASE, "x", to=to),
+        ):
+            with pytest.raises(TypeError, match=r"to must be the id of a node, as in rt\.node"):
+                await verb()
+        assert alice.stats().pending == 0

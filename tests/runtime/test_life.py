@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import logging
+import re
 from typing import Any, cast
 
 import anyio
@@ -280,6 +282,30 @@ def test_construction_needs_no_loop() -> None:
 def test_a_node_needs_a_name(name: Any) -> None:
     with pytest.raises(ValueError, match="the name of a node must be text without spaces"):
         Runtime(name)
+
+
+@pytest.mark.parametrize(
+    ("what", "given", "fault"),
+    [
+        ("services", Stash(), "services must be a list of services, not <"),
+        ("identity", "alice", "identity must be an Identity, such as Identity.load_or_create(path), not 'alice'"),
+        ("transport", MemoryHub(), "transport must be one, such as MemoryTransport(hub), not MemoryHub("),
+        ("transport", MemoryTransport, "transport must be one, such as MemoryTransport(hub), not <class"),
+        ("logger", logging.getLogger(), "logger must be a meshkit.Logger, not <RootLogger"),
+    ],
+)
+def test_what_a_runtime_is_made_of_is_checked(what: str, given: Any, fault: str) -> None:
+    with pytest.raises(TypeError, match="^" + re.escape(fault)):
+        Runtime("alice", **{what: given})
+
+
+def test_a_service_says_from_when_on_it_has_a_runtime_and_a_log() -> None:
+    service: Any = Stash()
+    for name in ("rt", "log"):
+        with pytest.raises(AttributeError, match=rf"self\.{name} of Stash is there from init\(\) on, when its runtime"):
+            getattr(service, name)
+    with pytest.raises(AttributeError, match=r"^'Stash' object has no attribute 'lgo'$"):
+        service.lgo  # noqa: B018
 
 
 @pytest.mark.parametrize("grace", [-1, float("nan"), float("inf"), "1"])
