@@ -18,6 +18,7 @@ from typing import ClassVar, Generic, ParamSpec, Protocol, TypeVar
 import anyio
 
 from meshkit import _check, _notes
+from meshkit._recent_durations import RecentDurations
 from meshkit._time import now
 from meshkit.events import Event, Observer, notify
 from meshkit.guard import Guard
@@ -60,12 +61,18 @@ class Hedger(Guard):
     nothing runs on behind your back; what they still return or raise is dropped, but for what stops programs, such as
     `SystemExit`. A copy that ignores its cancellation holds up the call.
 
+    With `quantile`, say 0.95, the delay is observed: what that share of the last 1,000 calls took at most, from their
+    beginning until their result, whichever copy had it. Until 100 calls have ended it is the given `delay`. One that
+    failed or was cancelled counts only if it had taken longer than the delay by then. Use one Hedger for calls that
+    are alike.
+
     A hedge is for slowness, not for failure: a copy that fails starts no other (that is what a Retrier does). When all
     that were started have failed, the error that came first is raised, with a note on the others. A cancellation
     from outside cancels all copies, and is passed on when they have ended.
 
     The first copy runs in the caller's task, hedges in tasks of their own with the caller's context variables; all see
-    the enclosing deadline. Cost: where the first copy is fast, a cancel scope and a timer, about 6 us.
+    the enclosing deadline. Cost: where the first copy is fast, a cancel scope and a timer, about 6 us, and half as
+    much again for `quantile`.
     """
 
     kind: ClassVar[str] = "hedger"
@@ -74,19 +81,29 @@ class Hedger(Guard):
         self,
         *,
         delay: float,
+        quantile: float | None = None,
         max_hedges: int = 1,
         budget: _Budget | None = None,
         name: str = "hedger",
         observer: Observer | None = None,
     ) -> None:
-        self.delay = _check.duration("delay", delay, zero=True)
+        self._delay = _check.duration("delay", delay, zero=True)
+        self._recent = None if quantile is None else RecentDurations(quantile)
         self.max_hedges = _check.count("max_hedges", max_hedges)
         self.budget = budget
         self.name = name
         self.observer = observer
 
     def __repr__(self) -> str:
-        return f"Hedger(delay={self.delay:g}, max_hedges={self.max_hedges}, budget={self.budget!r}, name={self.name!r})"
+        quantile = "" if self._recent is None else f" (quantile={self._recent.share:g})"
+        settings = f"delay={self.delay:g}{quantile}, max_hedges={self.max_hedges}, budget={self.budget!r}"
+        return f"Hedger({settings}, name={self.name!r})"
+
+    @property
+    def delay(self) -> float:
+        """The seconds after which a hedge of a call that begins now would start: as given, or as observed."""
+        observed = None if self._recent is None else self._recent.quantile()
+        return self._delay if observed is None else observed
 
     async def call(self, fn: Callable[P, Awaitable[T]], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `fn(*args, **kwargs)`, again and at the same time if it is slow, and return the first result.
@@ -98,7 +115,7 @@ class Hedger(Guard):
             raise _check.not_a_function(fn)
         if self.budget is not None:
             self.budget.record_call(now())
-        race = _Race(self, functools.partial(fn, *args, **kwargs))
+        race = _Race(self, functools.partial(fn, *args, **kwargs), self._recent)
         try:
             with race.scope:
                 try:
@@ -112,6 +129,8 @@ class Hedger(Guard):
             race.failed(error)
         finally:
             race.timer.cancel()
+            if not race.results:
+                race.observe()
             if race.tasks:
                 await race.stop()
         if race.results:
@@ -122,15 +141,18 @@ class Hedger(Guard):
 class _Race(Generic[T]):
     """One call of a Hedger: its copies, and how it ends."""
 
-    def __init__(self, hedger: Hedger, copy: Callable[[], Awaitable[T]]) -> None:
+    def __init__(self, hedger: Hedger, copy: Callable[[], Awaitable[T]], recent: RecentDurations | None) -> None:
         self.over = False
         self.results: list[T] = []  # at most one
         self.loop = asyncio.get_running_loop()
         self.scope = anyio.CancelScope()  # of the caller, and so of the first copy
-        self.timer = self.loop.call_later(hedger.delay, self.start_hedge)
+        self._delay = hedger.delay
+        self.timer = self.loop.call_later(self._delay, self.start_hedge)
         self.tasks: list[asyncio.Task[None]] = []  # of the hedges
         self._hedger = hedger
         self._copy = copy
+        self._recent = recent
+        self._begun = 0.0 if recent is None else now()
         self._deadline = anyio.current_effective_deadline()  # a task of its own would not see it
         self._scopes: list[anyio.CancelScope] = []  # of the hedges that have begun
         self._running = 1
@@ -146,10 +168,11 @@ class _Race(Generic[T]):
     async def _hedge(self, number: int) -> None:
         hedger = self._hedger
         try:
+            await asyncio.sleep(0)  # a copy that ends in this very moment comes first
             if self.over or (hedger.budget is not None and not hedger.budget.try_spend(now())):
                 return
             if number < hedger.max_hedges:
-                self.timer = self.loop.call_later(hedger.delay, self.start_hedge)
+                self.timer = self.loop.call_later(self._delay, self.start_hedge)
             notify(hedger.observer, HedgeStarted(hedger.name, number))
             with anyio.CancelScope(deadline=self._deadline) as scope:
                 self._scopes.append(scope)
@@ -171,8 +194,22 @@ class _Race(Generic[T]):
             self.over = True
             self.results.append(result)
             self._errors.clear()  # they hold this object, through their tracebacks
+            self.observe()
             if hedge:
                 notify(self._hedger.observer, HedgeWon(self._hedger.name, hedge))
+
+    def observe(self) -> None:
+        """Count how long the call has taken, when it has its result, or ends without one.
+
+        What counts is neither the time of the winning copy alone (all that are longer than the delay would then be lost
+        to shorter ones, and the delay would shrink from step to step) nor that of failures, which are often fast. But
+        if only results counted, a delay that has become too short would stay so, and hedges keep up the overload in
+        which no call ends in time: one that had none when the delay was over has taken longer, whatever came of it.
+        """
+        if self._recent is not None:
+            duration = now() - self._begun
+            if self.results or duration > self._delay:
+                self._recent.add(duration)
 
     def failed(self, error: Exception) -> None:
         """A copy failed: others may still succeed."""

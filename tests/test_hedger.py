@@ -3,6 +3,7 @@ import contextlib
 import contextvars
 import gc
 import math
+import random
 import sys
 import weakref
 from collections.abc import Awaitable, Callable
@@ -12,6 +13,7 @@ import anyio
 import pytest
 from hypothesis import assume, given, settings, strategies as st
 
+from meshkit._recent_durations import RecentDurations
 from meshkit.errors import CallTimeout, PeerLost
 from meshkit.events import Event
 from meshkit.guard import stack
@@ -167,6 +169,118 @@ def test_who_runs_when_and_who_wins_agrees_with_the_naive_model(
     assert result == expected
     assert end == pytest.approx(expected_end)
     assert fn.begun == pytest.approx(expected_begun)
+
+
+# --- The observed delay -------------------------------------------------------------------------------------
+
+
+async def test_the_observed_delay_stays_at_the_95th_percentile_although_hedges_cut_what_is_longer() -> None:
+    rng = random.Random(1)
+    hedges: list[Event] = []
+    hedger = Hedger(delay=10.0, quantile=0.95, observer=hedges.append)
+
+    async def fn() -> None:
+        await asyncio.sleep(rng.expovariate(1.0))
+
+    for _ in range(3):
+        hedges.clear()
+        for _ in range(2000):
+            await hedger.call(fn)
+        assert hedger.delay == pytest.approx(-math.log(0.05), rel=0.15)
+    assert sum(isinstance(event, HedgeStarted) for event in hedges) == pytest.approx(0.05 * 2000, rel=0.3)
+
+
+async def test_a_delay_that_has_become_too_short_grows_although_its_hedges_win() -> None:
+    hedger = Hedger(delay=10.0, quantile=0.95)
+    for slower in (1.0, 100.0):
+        rng = random.Random(1)
+
+        async def fn() -> None:
+            await asyncio.sleep(slower * rng.uniform(0.5, 1.0))  # noqa: B023 - runs within this turn of the loop
+
+        for _ in range(3000):
+            await hedger.call(fn)
+        assert hedger.delay == pytest.approx(0.975 * slower, rel=0.02)
+
+
+async def test_until_a_hundred_calls_have_ended_the_delay_is_the_one_given() -> None:
+    hedger = Hedger(delay=10.0, quantile=0.95)
+    for _ in range(99):
+        await hedger.call(asyncio.sleep, 1.0)
+    assert hedger.delay == 10.0
+    await hedger.call(asyncio.sleep, 1.0)
+    assert hedger.delay == 1.0
+    assert "delay=1 (quantile=0.95), max_hedges=1" in repr(hedger)
+    fn = Copies((60.0, "first"), (0.5, "second"))
+    start = clock()
+    assert await hedger.call(fn) == "second"
+    assert fn.begun == [start, start + 1.0]
+
+
+async def test_calls_that_all_take_the_same_time_are_not_hedged() -> None:
+    seen: list[Event] = []
+    hedger = Hedger(delay=10.0, quantile=0.95, observer=seen.append)
+    for _ in range(200):
+        await hedger.call(asyncio.sleep, 0.5)
+    assert hedger.delay == 0.5
+    assert seen == []
+
+
+async def test_a_call_counts_once_with_the_time_until_its_result_whichever_copy_had_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def cleans_up() -> None:
+        try:
+            await asyncio.sleep(60.0)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await asyncio.sleep(7.0)
+
+    monkeypatch.setattr(RecentDurations, "LEAST", 1)
+    for plans, expected in (
+        ([(0.5, "first")], 0.5),
+        ([(1.5, "first"), (60.0, "second")], 1.5),
+        ([(60.0, "first"), (0.75, "second")], 1.75),
+        ([(1.25, OSError()), (0.75, "second")], 1.75),
+    ):
+        hedger = Hedger(delay=1.0, quantile=1.0)
+        await hedger.call(Copies(*plans))
+        assert hedger.delay == expected
+    hedger = Hedger(delay=1.0, quantile=1.0)
+    copies = iter([cleans_up(), asyncio.sleep(0.75)])
+    await hedger.call(lambda: next(copies))
+    assert hedger.delay == 1.75, "not with the time that the loser takes to end"
+    hedger = Hedger(delay=1.0, quantile=1.0)
+    copies = iter([asyncio.sleep(1.25), cleans_up()])
+    await hedger.call(lambda: next(copies))
+    assert hedger.delay == 1.25
+
+
+async def test_a_failure_or_a_cancellation_counts_only_after_the_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RecentDurations, "LEAST", 1)
+    for after, expected in ((0.25, 1.0), (1.0, 1.0), (5.0, 5.0)):
+        hedger = Hedger(delay=1.0, quantile=1.0)
+        with pytest.raises(OSError):
+            await hedger.call(Copies((after, OSError()), (after - 1.0, OSError())))
+        assert hedger.delay == expected
+        hedger = Hedger(delay=1.0, quantile=1.0)
+        with anyio.move_on_after(after):
+            await hedger.call(asyncio.sleep, 60.0)
+        assert hedger.delay == expected
+
+
+async def test_when_every_call_is_cut_by_its_timeout_hedges_end() -> None:
+    rng = random.Random(1)
+    seen: list[Event] = []
+    hedger = Hedger(delay=1.0, quantile=0.95, observer=seen.append)
+    for _ in range(1000):
+        await hedger.call(asyncio.sleep, 0.5)
+    assert seen == []
+    for _ in range(1000):
+        with anyio.move_on_after(rng.uniform(4.0, 5.0)):
+            await hedger.call(asyncio.sleep, 60.0)
+    assert 4.5 < hedger.delay < 5.0
+    assert len(seen) < 300, "fewer and fewer"
 
 
 # --- Failures -----------------------------------------------------------------------------------------------
@@ -591,6 +705,7 @@ def test_it_says_what_it_is_also_to_a_stack() -> None:
     [
         ({"delay": -0.1}, "delay must be finite and zero or more seconds, not -0.1"),
         ({"delay": math.nan}, "delay must be finite and zero or more seconds, not nan"),
+        ({"delay": 1.0, "quantile": 95}, "quantile must be more than 0 and at most 1, not 95"),
         ({"delay": 1.0, "max_hedges": 0}, "max_hedges must be at least 1, not 0"),
     ],
 )

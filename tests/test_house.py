@@ -42,6 +42,7 @@ CORES = {
     "_event_batch": {"EventBatch"},
     "_generations": {"Streak", "LastCalls", "Window", "Probation"},
     "_key_times": {"KeyTimes"},
+    "_recent_durations": {"RecentDurations"},
     "_retry_budget": {"RetryBudget"},
     "batch": {"Batch"},
     "bulkhead": {"Slots"},

@@ -124,7 +124,7 @@ async def every_guard_as_a_decorator_keeps_defaults_keyword_only_and_variable_ar
     @breakers["db"]
     @Bulkhead(10)
     @Timeout(1.0)
-    @Hedger(delay=1.0)
+    @Hedger(delay=1.0, quantile=0.95)
     @RateLimiter(max_count=5, window=1.0)
     @RateLimiter(max_count=5, window=1.0).for_key("bob")
     @stack(Timeout(1.0))

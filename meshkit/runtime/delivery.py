@@ -9,7 +9,7 @@ import msgspec
 from meshkit.runtime.graph import Handler
 from meshkit.runtime.message import Message
 
-__all__ = ["Delivery", "delivery_of"]
+__all__ = ["Delivery", "delivery_of", "fail"]
 
 
 class Delivery(msgspec.Struct, eq=False):
@@ -51,3 +51,8 @@ def _order(delivery: Delivery, order_by: Literal["sender"] | Callable[[Message[A
         name = type(error).__name__
         delivery.key = None
         delivery.order_error = error if isinstance(error, Exception) else RuntimeError(f"it raised {name}")
+
+
+def fail(error: Exception) -> None:
+    """Raise `error`, as if the handler had raised it."""
+    raise error

@@ -4,6 +4,7 @@ What follows when a handler raises is in `failures`.
 """
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
@@ -12,14 +13,14 @@ import anyio
 import msgspec
 
 from meshkit import _time
-from meshkit.errors import Draining, MeshkitError
+from meshkit.errors import Closed, Draining, MeshkitError
 from meshkit.runtime.answers import Answers
-from meshkit.runtime.delivery import Delivery, delivery_of
+from meshkit.runtime.delivery import Delivery, delivery_of, fail
 from meshkit.runtime.failures import DeadLetters, Failures
 from meshkit.runtime.graph import Graph, Handler
 from meshkit.runtime.journal import Journal
 from meshkit.runtime.mailbox import Mailbox
-from meshkit.runtime.mailboxes import Mailboxes
+from meshkit.runtime.mailboxes import Mailboxes, first_full
 from meshkit.runtime.message import Message
 from meshkit.runtime.service import Reject, Service
 from meshkit.runtime.stages import Continue
@@ -95,27 +96,34 @@ class Dispatcher:
         """
         held: Mailbox[Delivery] | None = None
         boxes: list[Mailbox[Delivery]] = [handler.mailbox for handler in handlers]
-        while (full := next((box for box in boxes if box is not held and not box.has_room()), None)) is not None:
+        while (full := first_full(boxes, besides=held)) is not None:
             if held is not None:
                 held.release()
-                held = None
-            await full.reserve()
-            held = full
+            held = None
+            with contextlib.suppress(Closed):  # its service stops meanwhile
+                await full.reserve()
+                held = full
         passed: Continue | None = None
         try:
             passed = admit()
         finally:
             if passed is None and held is not None:
                 held.release()
-        if passed is not None:
-            for handler in handlers:
-                if held is not None and handler.mailbox is held:
-                    held.put_reserved(delivery_of(handler, passed.message))
-                    self._took(handler, passed.message)
-                else:
-                    self.offer(handler, passed.message, 0)
-            if passed.then is not None:
-                passed.then()
+        if passed is None:
+            return
+        for handler in handlers:
+            if held is not None and handler.mailbox is held:
+                held.put_reserved(delivery_of(handler, passed.message))
+                self._took(handler, passed.message)
+            elif not self.offer(handler, passed.message, 0):
+                self.missed(handler, passed.message)
+        if passed.then is not None and not all(box.closed for box in boxes):
+            passed.then()
+
+    def missed(self, handler: Handler, message: Message[Any]) -> None:
+        """Count a message that one handler does not get: its mailbox is full, or its service has stopped."""
+        why = "draining" if handler.mailbox.closed else "overloaded"
+        self._journal.drop(message.kind, "mailbox", why, message.id, message.sender)
 
     def serve(self, handler: Handler, message: Message[Any], size: int) -> MeshkitError | None:
         """Put a call into the mailbox: it will be answered. Or return why not."""
@@ -183,7 +191,7 @@ class Dispatcher:
     async def _tell(self, delivery: Delivery) -> float | None:
         try:
             if delivery.order_error is not None:
-                _fail(delivery.order_error)
+                fail(delivery.order_error)
             await delivery.handler.method(delivery.message)
             self._journal.handled += 1
             self._journal.note((delivery.message.id, delivery.handler.ended, ""))
@@ -210,7 +218,7 @@ class Dispatcher:
             if scope.deadline != message.deadline:  # a new timer: a tenth of what a call costs
                 scope.deadline = message.deadline
             if delivery.order_error is not None:
-                _fail(delivery.order_error)
+                fail(delivery.order_error)
             reply = await handler.method(message)
             handler.behavior.check_reply(reply)
             answer = Reply(message.id, encode_payload(reply))
@@ -290,7 +298,3 @@ class Dispatcher:
             if delivery.caller_waits or delivery.again is not None:
                 delivery.caller_waits, delivery.again = False, None
                 self._answer(caller, Failure(call_id, "cut"))
-
-
-def _fail(error: Exception) -> None:
-    raise error

@@ -164,8 +164,7 @@ class Intake:
         if taken and passed.then is not None:
             passed.then()
         for handler in full:
-            why = "draining" if handler.mailbox.closed else "overloaded"
-            self._journal.drop(message.kind, "mailbox", why, message.id, message.sender)
+            self._dispatcher.missed(handler, message)
         return taken
 
     def admit(self, route: Route, message: Message[Any], size: int) -> Continue | None:

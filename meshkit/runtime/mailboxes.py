@@ -1,6 +1,6 @@
 """The mailboxes of a node: one for each service, and one for each kind that declares what it needs of its own."""
 
-from collections.abc import Callable, Collection, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Mapping
 from typing import Any
 
 import anyio
@@ -11,7 +11,7 @@ from meshkit.runtime.mailbox import Mailbox
 from meshkit.runtime.service import Service
 from meshkit.runtime.supervisor import Supervisor
 
-__all__ = ["Mailboxes"]
+__all__ = ["Mailboxes", "first_full"]
 
 
 class Mailboxes:
@@ -75,3 +75,10 @@ class Mailboxes:
     def close(self, service: str) -> list[Delivery]:
         """Take no more messages for a service, and return those that no handler has begun."""
         return [delivery for mailbox in self._of[service] for delivery in mailbox.close()]
+
+
+def first_full(
+    boxes: Iterable[Mailbox[Delivery]], besides: Mailbox[Delivery] | None = None
+) -> Mailbox[Delivery] | None:
+    """Return the first one without room, for which to wait is not in vain: one that is closed never has any again."""
+    return next((box for box in boxes if box is not besides and not (box.closed or box.has_room())), None)

@@ -22,6 +22,7 @@ from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.intake import Intake, reason_of
 from meshkit.runtime.journal import Journal, RuntimeStats
+from meshkit.runtime.mailboxes import first_full
 from meshkit.runtime.message import Message, check_id, new_ids
 from meshkit.runtime.outbox import Outbox
 from meshkit.runtime.presence import Heartbeat, Presence
@@ -117,8 +118,8 @@ class Router:
             if passed.then is not None:
                 passed.then()
             return None
-        if behavior.overflow == "refuse":
-            full = next(handler.mailbox for handler in route.handlers if not handler.mailbox.has_room())
+        full = first_full(handler.mailbox for handler in route.handlers)
+        if full is not None and behavior.overflow == "refuse":
             self.journal.drop(message.kind, "mailbox", "overloaded", message.id, self._node)
             raise full.overloaded()
         # Meanwhile others may come in, so that the stages are asked again.

@@ -126,9 +126,10 @@ class Runtime(Lifecycle):
     async def emit(self, behavior: Local[P] | Broadcast[P], payload: P, to: str | None = None) -> str:
         """Send a message that nobody answers, and return its id.
 
-        A local kind goes to the handlers on this node. This waits while the mailbox of one of them is full; cancelled
-        meanwhile, it has sent nothing. A broadcast goes to every node, this one included (`msg.sender` tells), or to
-        the node `to` alone; whoever has no room for it drops it, and counts it.
+        A local kind goes to the handlers on this node; a service that has stopped misses it, which is counted. This
+        waits while the mailbox of one of them is full; cancelled meanwhile, it has sent nothing. A broadcast goes to
+        every node, this one included (`msg.sender` tells), or to the node `to` alone; whoever has no room for it drops
+        it, and counts it.
 
         Raises:
             TypeError: The payload is not of the declared type, or cannot be encoded.

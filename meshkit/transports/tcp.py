@@ -49,7 +49,7 @@ class TcpTransport:
     Args:
         listen: Where it listens: "127.0.0.1:7001", "[::1]:7001", or ":7001" for all addresses of the machine; with port
             0 the system chooses one (see `address`). None: it only dials.
-        join: Addresses of nodes of the mesh. One that is up is enough.
+        join: Addresses of nodes of the mesh, in ASCII. One that is up is enough; one may lead to this node itself.
         advertise: Under which address others reach this node, if that is not the one where it listens: say it behind
             a proxy or NAT.
         server_ssl, client_ssl: TLS, for incoming and for outgoing connections. Each node proves its identity inside, so

@@ -31,8 +31,8 @@ def by_hand(fn: Callable[[int], Awaitable[int]]) -> Callable[[int], Awaitable[No
     return round_
 
 
-def hedged(fn: Callable[[int], Awaitable[int]]) -> Callable[[int], Awaitable[None]]:
-    hedger = Hedger(delay=0.05)
+def hedged(fn: Callable[[int], Awaitable[int]], quantile: float | None = None) -> Callable[[int], Awaitable[None]]:
+    hedger = Hedger(delay=0.05, quantile=quantile)
 
     async def round_(n: int) -> None:
         for number in range(n):
@@ -45,4 +45,5 @@ def measures() -> list[Measure]:
     return [
         Compare("hedger.call, done at once / task and wait", by_hand(work), hedged(work), 5_000),
         Compare("hedger.call, done soon / task and wait", by_hand(waits), hedged(waits), 5_000),
+        Compare("  with an observed delay / a fixed one", hedged(work), hedged(work, 0.95), 5_000),
     ]

@@ -324,19 +324,6 @@ async def test_nodes_that_dial_each_other_at_the_same_time_share_one_connection_
             assert len(node.met) == 1
 
 
-async def test_a_node_does_not_join_itself(caplog: pytest.LogCaptureFixture) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with caplog.at_level(logging.INFO, LOG):
-        alice = Node("alice", f"127.0.0.1:{port}", join=[f"127.0.0.1:{port}"])
-        async with running(alice):
-            with anyio.fail_after(PATIENCE):
-                while not alice.transport._mesh.dialler._targets[("127.0.0.1", port)].task.done():  # type: ignore[index, union-attr]
-                    await asyncio.sleep(0)
-            assert not alice.transport.peers
-    assert caplog.messages[0] == f"the join address 127.0.0.1:{port} is this node itself"
-
-
 # --- who is let in
 
 

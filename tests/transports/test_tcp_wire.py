@@ -11,6 +11,7 @@ from meshkit.runtime import Identity
 from meshkit.transports._tcp.handshake import Handshake
 from meshkit.transports._tcp.wire import (
     MAX_CONTROL,
+    MOST_ADDRESSES,
     Address,
     Kind,
     Refusal,
@@ -105,6 +106,7 @@ def test_an_address_is_read_and_written(text: str, address: Address) -> None:
 NO_ADDRESSES = [
     *("", "bob", "bob:", "bob:x", "bob:-1", "bob:65536", "bob:99999999999", "::1:7001", "[::1]", "[bob]:7001", "a b:1"),
     *("[::1:7001", "bob:٣", "x" * 400 + ":1", 7001, None, b"bob:7001", ":7001", "bob:0"),
+    *("bücher.example:1", "\U0001f600:1", "bob\x7f:1", "bob:1\n"),
 ]
 
 
@@ -124,6 +126,13 @@ def test_which_addresses_only_this_machine_can_reach() -> None:
     assert all(Address(host, 1).is_loopback for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost"))
     assert not any(Address(host, 1).is_loopback for host in ("", "0.0.0.0", "::", "10.0.0.1", "localhost.example"))
     assert all(Address(host, 1).is_everywhere for host in ("", "0.0.0.0", "::"))
+
+
+def test_as_many_addresses_as_are_told_at_once_fit_into_a_record_however_long_they_are() -> None:
+    longest = str(Address.parse("x" * 298 + ":1", "x"))
+    with pytest.raises(ValueError, match="must be"):
+        Address.parse("x" * 299 + ":1", "x")
+    assert len(addresses([("n" * 52, longest)] * MOST_ADDRESSES)) <= MAX_CONTROL
 
 
 def test_known_addresses_travel() -> None:

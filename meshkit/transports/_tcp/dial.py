@@ -44,7 +44,9 @@ class _Target:
         self.trouble = ""  # why there is no connection
         self.logged = "" if joins else "unreachable"  # the last kind of trouble that was told; who was lost is told
         self.challenge = b""  # of the attempt under way
-        self.is_self = False
+        self.place: tuple[str, int] | None = None  # that was dialled last, of those that a name stands for
+        self.itself: tuple[str, int] | None = None  # where the last attempt has met this very node
+        self.met_itself = False  # at any time
         self.attempts = 0
         self.task: asyncio.Task[None] | None = None
 
@@ -121,12 +123,16 @@ class Dialler:
             target.task.cancel()
 
     def is_own(self, challenge: bytes) -> bool:
-        """Return whether the connection with this challenge was made by this very node; if so, do not dial it again."""
+        """Return whether the connection with this challenge was made by this very node.
+
+        It goes on dialling that address: a name may stand for all nodes of a mesh, and whoever is there for a moment
+        may hand over what this node says.
+        """
         for target in self._targets.values():
             if target.challenge == challenge:
-                if target.joins:
-                    _log.info("the join address %s is this node itself", target.address)
-                target.is_self = True
+                if target.joins and not target.met_itself:
+                    _log.info("the join address %s leads to this node itself", target.address)
+                target.itself, target.met_itself = target.place, True
                 return True
         return False
 
@@ -141,7 +147,7 @@ class Dialler:
         failures = 0
         if not target.joins and target.node < self._node:
             await asyncio.sleep(self.HEAD_START * (1 + random.random()))
-        while not target.is_self:
+        while True:
             link = self._owner.links.get(target.node)
             if link is not None:
                 await link.gone.wait()
@@ -179,6 +185,7 @@ class Dialler:
         tls, limits = self._owner.client_ssl, self._owner.limits
         places = await self._places(target)
         for host, port in places:
+            target.place = host, port
             try:
                 await self._loop.create_connection(
                     lambda: link,
@@ -195,6 +202,7 @@ class Dialler:
 
     async def _places(self, target: _Target) -> list[tuple[str, int]]:
         """Return the addresses that a name stands for. Each attempt begins with another one: the first may be dead."""
+        itself, target.itself = target.itself, None
         try:
             ip_address(target.address.host.partition("%")[0])
             return [target.address]
@@ -205,11 +213,11 @@ class Dialler:
             raise OSError("the name stands for no address")
         first = target.attempts % len(places)
         target.attempts += 1
-        return places[first:] + places[:first]
+        return sorted(places[first:] + places[:first], key=lambda place: place == itself)  # where it met itself, last
 
     def _complain(self, target: _Target, link: Link) -> None:
         """Say once what the trouble is, and not each time."""
         kind = link.reason if link.refusal is not None or link.rejected else "unreachable"
-        if kind != target.logged and not target.is_self:
+        if kind != target.logged and target.itself is None:
             target.logged = kind
             _log.warning("%s cannot be joined, and is tried again and again: %s", target.address, target.trouble)

@@ -82,7 +82,7 @@ class Handshake:
             raise Rejected(f"it speaks version {version} of the protocol, and not {_VERSION}", Refusal.VERSION)
         if key == self._identity.public_key:
             itself = not self.dialled and self._dialling(challenge)
-            reason = "it is this node itself" if itself else "it has the key of this node"
+            reason = Refusal.ITSELF.text if itself else "it has the key of this node"
             raise Rejected(reason, Refusal.ITSELF if itself else Refusal.SAME_KEY)
         node = node_id_of(key)
         if not self._trusts(node):

@@ -183,8 +183,10 @@ class Mesh:
                 self._lost.add(link.peer)
                 _log.warning("node %s is lost: %s", link.peer, link.reason)
             self._receiver.lost(link.peer)
-        elif not (link.handshake.dialled or link.handshake.proved or link.refusal):
-            self._on_refusal(link)  # else it is a second one, or not wanted there, which is nothing
+        elif not (
+            link.handshake.dialled or link.handshake.proved or link.refusal or link.reason == Refusal.ITSELF.text
+        ):
+            self._on_refusal(link)  # else it is a second one, of this node, or not wanted there, which is nothing
 
     def _on_refusal(self, link: Link) -> None:
         """Log it, but not so often that strangers could fill the log."""

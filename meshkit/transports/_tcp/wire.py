@@ -17,6 +17,7 @@ The handshake proves who is at the other end, to keep strangers out. It does not
 their own proof, and TLS does the rest where that is wanted.
 """
 
+import re
 import struct
 from enum import IntEnum
 from ipaddress import ip_address
@@ -42,7 +43,7 @@ MAX_CONTROL = 16 * 1024
 """Bytes of the body of a record that is no frame."""
 MOST_ADDRESSES = 40
 """That are sent in one record: they always fit."""
-_MAX_ADDRESS = 300  # characters: a name in the DNS has up to 253
+_ADDRESS = re.compile("[!-~]{1,300}")  # ASCII, as names in the DNS are, of up to 253: a character is a byte
 
 
 class Kind(IntEnum):
@@ -103,16 +104,16 @@ class Address(NamedTuple):
 
     @classmethod
     def parse(cls, text: object, argument: str, *, host_needed: bool = True) -> Self:
-        """Return the address "host:port", "[::1]:port" or, if no host is needed, ":port".
+        """Return the address "host:port", "[::1]:port" or, if no host is needed, ":port". It is ASCII.
 
         Raises:
             ValueError: It is no such text; the message names the `argument`.
         """
-        if isinstance(text, str) and text.isprintable() and " " not in text and len(text) <= _MAX_ADDRESS:
+        if isinstance(text, str) and _ADDRESS.fullmatch(text):
             host, colon, digits = text.rpartition(":")
             bare = host.removeprefix("[").removesuffix("]")
             bracketed = len(host) - len(bare) == 2
-            port = int(digits) if colon and digits.isascii() and digits.isdigit() and len(digits) <= 5 else 65536
+            port = int(digits) if colon and digits.isdigit() and len(digits) <= 5 else 65536
             there = bare and port if host_needed else True
             if port < 65536 and there and bracketed == (":" in bare):
                 return cls(bare, port)
