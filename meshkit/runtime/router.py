@@ -132,7 +132,8 @@ class Router:
         if to is None:
             self.outbox.post(None, tell)
             self.journal.note((message.id, "sent to every node", ""))
-            self.intake.take(self._node, tell)
+            if (tell.kind, tell.version) in self.intake.routes:  # else it is for others, and no drop
+                self.intake.take(self._node, tell)
         else:
             self._require_way(to)
             self.journal.note((message.id, "sent to", to))
