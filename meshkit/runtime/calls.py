@@ -17,7 +17,7 @@ from meshkit import _check, _time
 from meshkit.call_registry import CallRegistry
 from meshkit.errors import CallTimeout, Executed, MeshkitError, OutcomeUnknown, PeerLost, Refused, RemoteError
 from meshkit.runtime.behavior import Request
-from meshkit.runtime.journal import Journal
+from meshkit.runtime.journal import MAX_NOTE, Journal
 from meshkit.runtime.message import Message
 from meshkit.runtime.wire import Ask, Cancel, Failure, Reply, Wire, encode_payload, to_error
 
@@ -102,7 +102,7 @@ class Calls:
             if isinstance(error, CallTimeout | asyncio.CancelledError):
                 self._post(to, Cancel(call_id))
             failed = isinstance(error, Exception)
-            note((call_id, f"no reply: {error}" if failed else "nobody waits for the reply any more", ""))
+            note((call_id, f"no reply: {error}"[:MAX_NOTE] if failed else "nobody waits for the reply any more", ""))
             raise
         finally:
             del self._asked[call_id]

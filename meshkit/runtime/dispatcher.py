@@ -25,7 +25,7 @@ from meshkit.runtime.message import Message
 from meshkit.runtime.service import Reject, Service
 from meshkit.runtime.stages import Continue
 from meshkit.runtime.supervisor import ENDS_THE_PROCESS, Supervisor, take_back_cancellations
-from meshkit.runtime.wire import Failure, Reply, Why, encode_payload, refusal
+from meshkit.runtime.wire import Failure, Reply, Why, encode_payload, refusal, rejection
 
 __all__ = ["Dispatcher"]
 
@@ -226,8 +226,8 @@ class Dispatcher:
             self._journal.note((message.id, handler.ended, ""))
         except Reject as reject:
             self._journal.failed += 1
-            self._journal.note((message.id, f"rejected by {handler.name}: {reject.code}", ""))
-            answer = Failure(message.id, "failed", reject.detail, code=reject.code, retryable=reject.retryable)
+            answer = rejection(message.id, reject.code, reject.detail, retryable=reject.retryable)
+            self._journal.note((message.id, f"rejected by {handler.name}: {answer.code}", ""))
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its failure; its caller learns no more
             again = self.failures.failed(delivery, error)
             answer = Failure(message.id, "failed", code="internal")

@@ -37,7 +37,7 @@ from meshkit.runtime.outbox import PLAIN
 from meshkit.runtime.presence import Heartbeat
 from meshkit.runtime.routes import Route
 from meshkit.runtime.stages import Continue, Drop, Stopped
-from meshkit.runtime.wire import Ask, Beat, Cancel, Failure, Goodbye, Reply, Tell, Wire, decode, refusal
+from meshkit.runtime.wire import Ask, Beat, Cancel, Failure, Goodbye, Reply, Tell, Wire, decode, decode_each, refusal
 
 __all__ = ["Intake", "reason_of"]
 
@@ -93,8 +93,8 @@ class Intake:
         sender = opened.sender
         try:
             wires = decode(opened.bundle)
-        except MalformedFrame as error:
-            return self._refuse(sender, error)
+        except MalformedFrame:
+            wires = self._understood(sender, opened.bundle)
         if opened.stale is not None:
             return self._refuse_late(opened, wires)
         for wire in wires:
@@ -121,6 +121,19 @@ class Intake:
         cause = error.__cause__ if isinstance(error, UnknownSender) else None
         why = "" if cause is None else f" ({shown(cause)})"[:_MAX_DETAIL]
         self._journal.drop("", "frame", reason_of(error), "", sender, f"{error}{why}{says}")
+
+    def _understood(self, sender: str, bundle: bytes) -> list[Wire]:
+        """Return the messages of a bundle that are understood, and count the others: newer nodes may know more."""
+        wires: list[Wire] = []
+        try:
+            for wire in decode_each(bundle):
+                if isinstance(wire, MalformedFrame):
+                    self._journal.drop("", "frame", "malformed_message", "", sender, str(wire))
+                else:
+                    wires.append(wire)
+        except MalformedFrame as error:
+            self._refuse(sender, error)
+        return wires
 
     def _refuse_late(self, opened: Opened, wires: Sequence[Wire]) -> None:
         """Refuse what came too late, unless it is asked again what this node knows already.

@@ -16,7 +16,10 @@ from dataclasses import dataclass, field
 
 from meshkit.events import Event, Observer, notify
 
-__all__ = ["Journal", "MessageDropped", "MessageSent", "RuntimeStats", "shown"]
+__all__ = ["MAX_NOTE", "Journal", "MessageDropped", "MessageSent", "RuntimeStats", "shown"]
+
+MAX_NOTE = 300
+"""Characters of what is remembered of a step, or a drop: others, and their errors, may say more than can be kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,7 @@ class Journal:
         self._notes: deque[tuple[str, str, str]] = deque(maxlen=self.NOTES)
         self.note = self._notes.append
         """Remember a step of a message: (its id, the step, ""), or (its id, "sent to", a node). Most notes are never
-        read: they are put into words when somebody asks."""
+        read: they are put into words when somebody asks. Who notes what others say cuts it to `MAX_NOTE`."""
         self._observer = observer
 
     def send(self, kind: str, message_id: str, to: str | None) -> None:
@@ -103,7 +106,8 @@ class Journal:
     def drop(
         self, kind: str, stage: str, reason: str, message_id: str = "", sender: str = "", detail: str = ""
     ) -> None:
-        """Count and remember a message that goes no further."""
+        """Count and remember a message that goes no further; `MAX_NOTE` characters of its reason, and of the detail."""
+        reason, detail = reason[:MAX_NOTE], detail[:MAX_NOTE]
         if (kind, stage, reason) not in self.dropped and len(self.dropped) >= self.REASONS:
             reason = "other"  # custom stages make reasons up, perhaps of what a message says
         self.dropped[kind, stage, reason] += 1
@@ -111,13 +115,14 @@ class Journal:
         self.drops.append(dropped)
         if message_id:
             why = f"dropped at {stage}: {reason}{f' ({detail})' if detail else ''}{', from' if sender else ''}"
-            self.note((message_id, why, sender))
+            self.note((message_id, why[:MAX_NOTE], sender))
         notify(self._observer, dropped)
 
     def explain(self, message_id: str) -> str:
         """Tell the story of a message, as far as it is remembered."""
         notes = [(step, node) for of, step, node in self._notes if of == message_id]
-        steps = [f"{step} node {node!r}" if node else step for step, node in notes]
+        # On a line of its own, what others say could pass for another step.
+        steps = [f"{_in_one_line(step)} node {node!r}" if node else _in_one_line(step) for step, node in notes]
         return "\n  ".join([f"message {message_id}", *(steps or ["nothing is remembered of it here"])])
 
     def stats(self, *, queued: int, running: int, pending: int) -> RuntimeStats:
@@ -137,9 +142,13 @@ class Journal:
         )
 
 
+def _in_one_line(text: str) -> str:
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def shown(error: BaseException) -> str:
-    """Return `repr(error)`; only the name of its type, if that raises an error of its own."""
+    """Return `repr(error)`, cut to `MAX_NOTE`; only the name of its type, if that raises an error of its own."""
     try:
-        return repr(error)
+        return repr(error)[:MAX_NOTE]
     except (Exception, asyncio.CancelledError):  # noqa: BLE001 - whoever made the error has made its text
         return type(error).__name__

@@ -12,7 +12,7 @@ import msgspec
 
 from meshkit._entropy import random_bytes
 
-__all__ = ["MAX_ID", "MAX_NAME", "Message", "check_id", "check_name", "is_name", "new_ids"]
+__all__ = ["MAX_DETAIL", "MAX_ID", "MAX_NAME", "Message", "check_id", "check_name", "is_name", "new_ids"]
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -20,6 +20,8 @@ MAX_ID = 128
 """Characters of an id."""
 MAX_NAME = 255
 """Characters of a name: of a node, a service, a kind."""
+MAX_DETAIL = 4096
+"""Characters that a node may say about why there is no reply."""
 
 
 class Message(msgspec.Struct, Generic[T_co], frozen=True):

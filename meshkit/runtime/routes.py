@@ -1,6 +1,7 @@
 """Routes: the way of one version of one kind to its handlers, through the stages that its behavior asks for."""
 
 import functools
+import hashlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ __all__ = ["Route"]
 
 _MAX_SEEN = 100_000
 """Messages of one kind that are remembered, so as not to be handled twice. Beyond, the oldest is forgotten."""
+_MAX_KEY = 256
+"""Characters, or bytes, of a content key that is kept as it is."""
 _MAX_SENDERS = 10_000
 """Senders of one kind whose rate is limited at a time. Beyond, new ones are refused."""
 _DUPLICATE, _EXPIRED, _FILTERED = Drop("duplicate"), Drop("expired"), Drop("filtered")
@@ -111,7 +114,7 @@ class Route:
     def _dedupe(self, seen: DedupCache, message: Message[Any]) -> Passed:
         content_key = self.behavior.content_key
         # Only who has sent a message can use up its id.
-        key: Hashable = (message.sender, message.id) if content_key is None else content_key(message.payload)
+        key: Hashable = (message.sender, message.id) if content_key is None else _small(content_key(message.payload))
         return _DUPLICATE if seen.seen(key) else Continue(message, functools.partial(seen.mark, key))
 
     def _rate_limit(self, limiter: RateLimiter, message: Message[Any]) -> Passed:
@@ -122,6 +125,14 @@ class Route:
         wait = limiter.retry_after(sender)
         name = f"{message.kind!r}"
         return Fail(RateLimited(name=name, key=sender, max_count=max_count, window=window, retry_after=wait))
+
+
+def _small(key: Hashable) -> Hashable:
+    """Return what stands for a content key: of a long text or bytes, which would be kept whole, a digest."""
+    if isinstance(key, str | bytes) and len(key) > _MAX_KEY and type(key) in {str, bytes}:
+        data = key if isinstance(key, bytes) else key.encode("utf-8", "surrogatepass")
+        return type(key), hashlib.blake2b(data, digest_size=32).digest()
+    return key
 
 
 def _dedupe_by_id(repeated: "Callable[[Message[Any]], bool]") -> "Callable[[Message[Any]], Passed]":

@@ -24,22 +24,19 @@ from typing import TYPE_CHECKING, Any, TypeVar, TypeVarTuple, cast, overload
 from meshkit import _check
 from meshkit.errors import MeshkitError
 from meshkit.runtime.behavior import Behavior, Broadcast, Local, Request
-from meshkit.runtime.message import Message, check_name
+from meshkit.runtime.message import MAX_DETAIL, Message, check_name
 from meshkit.runtime.supervisor import Restarts, Supervisor
 
 if TYPE_CHECKING:
     from meshkit.logger import ServiceLog
     from meshkit.runtime.runtime import Runtime
 
-__all__ = ["MAX_DETAIL", "Reject", "Service", "ServiceFailed", "behaviors_of", "handles"]
+__all__ = ["Reject", "Service", "ServiceFailed", "behaviors_of", "handles"]
 
 P = TypeVar("P")
 R = TypeVar("R")
 S = TypeVar("S")
 Ts = TypeVarTuple("Ts")
-
-MAX_DETAIL = 4096
-"""Characters that a handler may say about why it rejects a call."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -141,7 +138,7 @@ class Reject(Exception):
         if code in {"internal", "bad_reply"}:
             raise ValueError(f"the code of a Reject cannot be {code!r}, which says that nobody chose to fail")
         # A file's name may hold what is not Unicode.
-        self.detail = str(detail)[:MAX_DETAIL].encode("utf-8", "backslashreplace").decode()
+        self.detail = str(detail)[:MAX_DETAIL].encode("utf-8", "backslashreplace").decode()[:MAX_DETAIL]
         self.retryable = bool(retryable)
 
     def __str__(self) -> str:

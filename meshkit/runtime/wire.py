@@ -30,7 +30,7 @@ from meshkit.errors import (
     RateLimited,
     RemoteError,
 )
-from meshkit.runtime.message import MAX_ID, MAX_NAME
+from meshkit.runtime.message import MAX_DETAIL, MAX_ID, MAX_NAME
 
 __all__ = [
     "MAX_BUNDLE",
@@ -45,10 +45,12 @@ __all__ = [
     "Why",
     "Wire",
     "decode",
+    "decode_each",
     "encode",
     "encode_into",
     "encode_payload",
     "refusal",
+    "rejection",
     "require_portable",
     "to_error",
 ]
@@ -60,6 +62,7 @@ MAX_KINDS = 1_000
 
 _Id: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_ID)]
 _Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+_Detail: TypeAlias = Annotated[str, msgspec.Meta(max_length=MAX_DETAIL)]
 _Time: TypeAlias = Annotated[float, msgspec.Meta(ge=0, lt=253_402_300_800)]  # until the year 10000; and never NaN
 _Milliseconds: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=10**12)]
 
@@ -109,11 +112,11 @@ class Failure(_Travels, tag="f", frozen=True):
 
     id: _Id
     why: Why
-    detail: str = ""
+    detail: _Detail = ""
     limit: int = 0
     window: float = 0.0
     retry_after: float | None = None
-    code: str = ""
+    code: _Name = ""
     retryable: bool = False
     asked: _Time = 0.0
 
@@ -150,9 +153,12 @@ class Goodbye(_Travels, tag="g", frozen=True):
 Wire: TypeAlias = Tell | Ask | Reply | Failure | Cancel | Beat | Goodbye
 
 _MAX_REASON = 1_000  # characters of what an error says
+_MAX_QUOTE = 200  # of what the decoder says, which may quote the bytes at length
 _ENCODER = msgspec.msgpack.Encoder()
 _BUNDLE = Annotated[list[Wire], msgspec.Meta(max_length=MAX_BUNDLE)]
 _DECODER: msgspec.msgpack.Decoder[list[Wire]] = msgspec.msgpack.Decoder(_BUNDLE)
+_ITEMS = msgspec.msgpack.Decoder(Annotated[list[msgspec.Raw], msgspec.Meta(max_length=MAX_BUNDLE)])
+_ITEM: msgspec.msgpack.Decoder[Wire] = msgspec.msgpack.Decoder(Wire)
 _FAILURES = msgspec.msgpack.Decoder(Failure)
 
 encode = _ENCODER.encode
@@ -187,9 +193,34 @@ def decode(bundle: bytes) -> list[Wire]:
     """
     try:
         return _DECODER.decode(bundle)
+    except Exception as error:  # hostile bytes raise more than msgspec's own error
+        raise _malformed(error) from error
+
+
+def decode_each(bundle: bytes) -> list[Wire | MalformedFrame]:
+    """Return what `bundle` holds, with an error in the place of each message that this version does not understand.
+
+    A newer node may say things of which this version knows nothing. Takes several times as long as `decode`.
+
+    Raises:
+        MalformedFrame: It is no bundle at all.
+    """
+    try:
+        items = _ITEMS.decode(bundle)
     except Exception as error:
-        # Hostile bytes raise more than msgspec's own error; and it may quote them at length.
-        raise MalformedFrame(reason=str(error)[:_MAX_REASON]) from error
+        raise _malformed(error) from error
+    return [_decode_one(item) for item in items]
+
+
+def _decode_one(item: msgspec.Raw) -> Wire | MalformedFrame:
+    try:
+        return _ITEM.decode(item)
+    except Exception as error:  # noqa: BLE001
+        return _malformed(error)
+
+
+def _malformed(error: Exception) -> MalformedFrame:
+    return MalformedFrame(reason=str(error)[:_MAX_QUOTE])
 
 
 def refusal(call_id: str, error: MeshkitError) -> Failure:
@@ -200,7 +231,18 @@ def refusal(call_id: str, error: MeshkitError) -> Failure:
     try:
         return _FAILURES.decode(encode(_refusal(call_id, error)))
     except Exception:  # noqa: BLE001 - the fields of the error, or its text, are not what they must be
-        return Failure(call_id, "not_accepted", type(error).__name__)
+        return Failure(call_id, "not_accepted", type(error).__name__[:MAX_NAME])
+
+
+def rejection(call_id: str, code: str, detail: str, *, retryable: bool) -> Failure:
+    """Return what tells a caller that a handler rejects its request; "internal" for what the handler has made untold.
+
+    That is what cannot travel: a `Reject` checks what it is given, but its attributes may be set to anything later.
+    """
+    try:
+        return _FAILURES.decode(encode(Failure(call_id, "failed", detail, code=code, retryable=retryable)))
+    except Exception:  # noqa: BLE001
+        return Failure(call_id, "failed", code="internal")
 
 
 def _refusal(call_id: str, error: MeshkitError) -> Failure:

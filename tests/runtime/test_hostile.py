@@ -304,16 +304,23 @@ async def test_a_name_that_could_pass_for_something_else_is_not_shown(name: str)
     assert (dropped, [peer.name for peer in peers.values()]) == ({}, [ALICE.node_id])
 
 
-async def test_one_message_that_is_malformed_stops_its_bundle_and_is_counted_once() -> None:
+async def test_one_message_that_is_malformed_is_counted_and_those_around_it_are_taken() -> None:
     good = Tell("1", "social:tease", 1, 0.0, encode_payload("boo"))
     bad: list[Any] = [
         ["t", "2", "social:tease", 1, math.nan, "boo"],
         ["a", "2", "stash:store", 1, 0.0, -1, {"name": "x"}],
         ["t", "x" * 1_000, "social:tease", 1, 0.0, "boo"],
+        ["new", "a newer node knows what this is"],
+        ["f", "2", "for a reason that is new"],
     ]
+    also = Ask("3", "stash:store", 1, 0.0, 1_000, encode_payload(Store("x")))
     for wire in bad:
-        dropped, stash, _ = await taken(good, wire)
-        assert (dropped, stash.teases) == (MALFORMED, [])
+        dropped, stash, _ = await taken(good, wire, also)
+        assert dropped.pop(("", "transport", "unreachable")) == 1, "the answer; she is not there"
+        assert dropped == {("", "frame", "malformed_message"): 1}
+        assert (len(stash.teases), stash.begun) == (1, ["x"])
+    dropped, stash, _ = await taken(*[bad[0]] * 256)
+    assert (dropped, stash.teases) == ({("", "frame", "malformed_message"): 256}, [])
     dropped, stash, _ = await taken(*[good] * 257)
     assert (dropped, stash.teases) == (MALFORMED, [])
 

@@ -6,10 +6,10 @@ from collections import Counter
 import pytest
 from hypothesis import given, strategies as st
 
-from meshkit.errors import CallTimeout, Unreachable
+from meshkit.errors import CallTimeout, RemoteError, Unreachable
 from meshkit.events import Event
 from meshkit.runtime import Drop, MessageDropped, MessageSent, Reject, Service, Stage, broadcast, handles, request
-from meshkit.runtime.journal import Journal
+from meshkit.runtime.journal import MAX_NOTE, Journal
 from meshkit.runtime.message import Message
 from meshkit.transports import MemoryHub
 from tests.runtime.nodes import ODD, SLEEP, STORE, STORED, TEASE, Node, Stash, Store, mesh
@@ -48,6 +48,23 @@ def test_all_is_bounded_however_many_messages_and_reasons_there_are() -> None:
     assert journal.dropped["x", "stage", "reason 0"] == 2, "a reason that is known is counted as ever"
     assert "nothing is remembered" in journal.explain("0")
     assert "dropped at stage" in journal.explain(f"{count - 1}")
+
+
+def test_of_what_a_drop_says_so_much_is_kept_and_no_more() -> None:
+    journal = Journal()
+    journal.drop("x", "stage", "y" * 1_000_000, "5f", "alice", "z" * 1_000_000)
+    [dropped] = journal.drops
+    assert (dropped.reason, dropped.detail) == ("y" * MAX_NOTE, "z" * MAX_NOTE)
+    assert journal.dropped == {("x", "stage", "y" * MAX_NOTE): 1}
+    assert len(journal.explain("5f")) < MAX_NOTE + 100
+
+
+def test_nothing_that_others_say_passes_for_a_step_of_its_own() -> None:
+    journal = Journal()
+    journal.drop("x", "stage", "odd\n  answered by node 'bob'\x1b[2J", "5f")
+    assert journal.explain("5f").splitlines()[1:] == [
+        r"  dropped at stage: odd\n  answered by node 'bob'\x1b[2J",
+    ]
 
 
 def test_what_has_left_is_counted_and_told() -> None:
@@ -145,6 +162,28 @@ async def test_the_story_of_what_was_dropped_says_where_and_why() -> None:
         with pytest.raises(Unreachable):
             await alice.call(size, 0, to="nobody", id="lost")
         assert "no reply: node 'nobody' cannot be reached" in alice.explain("lost")
+
+
+async def test_of_what_other_nodes_make_long_both_nodes_keep_little() -> None:
+    question, long = request("x:ask", str, reply=str), "x" * 100_000
+
+    class Some(Service):
+        name = "some"
+
+        @handles(question)
+        async def answer(self, msg: Message[str]) -> str:
+            if msg.payload.startswith("x"):
+                raise KeyError(msg.payload)
+            raise Reject("never", "y" * 100_000)
+
+    async with mesh("alice") as (hub, [alice], _), Node("bob", Some(), hub=hub, logger=None) as bob:
+        for call_id, payload in (("raised", long), ("rejected", "no")):
+            with pytest.raises(RemoteError):
+                await alice.call(question, payload, to="bob", id=call_id)
+            assert len(alice.explain(call_id)) < 500
+            assert len(bob.explain(call_id)) < 500
+        assert "KeyError('xxx" in bob.explain("raised")
+        assert "yyy" in alice.explain("rejected")
 
 
 async def test_of_what_never_came_there_is_no_story() -> None:

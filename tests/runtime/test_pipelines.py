@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import math
+import tracemalloc
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -508,6 +510,25 @@ async def test_a_content_key_that_cannot_be_one_is_an_error_of_who_emits_it() ->
 
 
 # --- nothing is remembered or charged before it is delivered
+
+
+async def test_long_content_keys_are_as_different_as_they_were_and_cost_no_memory() -> None:
+    tell = broadcast("x:tell", tuple[bool, str], content_key=lambda p: p[1] if p[0] else p[1].encode())
+    service, hub = taker(tell), MemoryHub()
+    async with Node("bob", service, hub=hub) as bob, Node("alice", hub=hub) as alice:
+        tracemalloc.start()
+        try:
+            for _ in range(2):
+                for is_text in (True, False):
+                    for number in range(50):
+                        await alice.emit(tell, (is_text, "x" * 100_000 + str(number)))
+                        await settled()
+                        service.seen.clear()
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] < 1_000_000, "of 10 million bytes of keys"
+        finally:
+            tracemalloc.stop()
+        assert (bob.stats().delivered, bob.stats().dropped) == (100, {("x:tell", "dedupe", "duplicate"): 100})
 
 
 async def test_the_same_content_from_two_senders_is_handled_once_and_the_own_broadcast_counts() -> None:

@@ -18,6 +18,7 @@ from meshkit.errors import (
     RateLimited,
     RemoteError,
 )
+from meshkit.runtime.message import MAX_DETAIL
 from meshkit.runtime.wire import (
     MAX_BUNDLE,
     MAX_KINDS,
@@ -30,9 +31,11 @@ from meshkit.runtime.wire import (
     Tell,
     Wire,
     decode,
+    decode_each,
     encode,
     encode_payload,
     refusal,
+    rejection,
     to_error,
 )
 
@@ -55,7 +58,7 @@ def packed(value: object) -> bytes:
 def refused(data: bytes) -> str:
     with pytest.raises(MalformedFrame) as caught:
         decode(data)
-    assert len(str(caught.value)) < 1_100
+    assert len(str(caught.value)) < 300
     return str(caught.value)
 
 
@@ -112,6 +115,8 @@ def asks_with(at: int, *values: object) -> list[list[Any]]:
         ["f", "4", 7],
         ["f", "4", "failed", "detail", "many"],
         ["f", "4", "failed", b"detail"],
+        ["f", "4", "failed", "x" * (MAX_DETAIL + 1)],
+        ["f", "4", "failed", "", 0, 0.0, None, "x" * 256],
         ["c"],
         ["c", None],
         ["b", "alice", ["a:b"]],
@@ -126,6 +131,9 @@ def asks_with(at: int, *values: object) -> list[list[Any]]:
 def test_what_is_not_as_declared_is_malformed(wire: object) -> None:
     refused(packed([wire]))
     refused(packed([["g"], wire]))
+    before, error, after = decode_each(packed([["g"], wire, ["c", "5"]]))
+    assert (before, after) == (Goodbye(), Cancel("5")), "what it came with is understood"
+    assert isinstance(error, MalformedFrame)
 
 
 def test_a_version_that_no_integer_holds_is_malformed() -> None:
@@ -161,10 +169,14 @@ def test_a_bundle_holds_so_many_and_no_more() -> None:
 )
 def test_bytes_that_are_made_to_break_decoders_are_malformed(data: bytes) -> None:
     refused(data)
+    with contextlib.suppress(MalformedFrame):
+        assert any(isinstance(item, MalformedFrame) for item in decode_each(data))
 
 
 def test_what_the_decoder_quotes_of_hostile_bytes_is_cut_short() -> None:
-    assert len(refused(packed([["x" * 900_000]]))) < 1_100
+    assert len(refused(packed([["x" * 900_000]]))) < 300
+    [error] = decode_each(packed([["x" * 900_000]]))
+    assert len(str(error)) < 300
 
 
 scalars = (
@@ -188,7 +200,10 @@ def test_whatever_comes_is_decoded_or_malformed(data: bytes) -> None:
     try:
         wires = decode(data)
     except MalformedFrame:
+        with contextlib.suppress(MalformedFrame):
+            assert any(isinstance(item, MalformedFrame) for item in decode_each(data))
         return
+    assert decode_each(data) == wires or "nan" in str(wires)
     assert decode(encode(wires)) == wires or "nan" in str(wires)
 
 
@@ -224,6 +239,23 @@ def test_a_refusal_arrives_as_the_error_that_it_was(error: MeshkitError) -> None
     assert arrived.executed == "no"
     assert arrived is not to_error(failure, "bob", "a:b", "alice"), "each caller gets one of its own"
     assert str(pickle.loads(pickle.dumps(arrived))) == str(error)
+
+
+def test_what_a_handler_says_is_told_and_what_cannot_travel_is_internal() -> None:
+    said = rejection("1", "quota", "x" * MAX_DETAIL, retryable=True)
+    assert said == Failure("1", "failed", "x" * MAX_DETAIL, code="quota", retryable=True)
+    odd: list[tuple[Any, Any, Any]] = [
+        ("quota", "x" * (MAX_DETAIL + 1), True),
+        ("x" * 256, "", True),
+        ("quota", "\udc80", True),
+        ("quota", object(), True),
+        (7, "", True),
+        ("quota", "", None),
+    ]
+    for code, detail, retryable in odd:
+        failure = rejection("1", code, detail, retryable=retryable)
+        assert failure == Failure("1", "failed", code="internal")
+        assert decode(encode([failure])) == [failure]
 
 
 def test_any_other_error_of_ours_arrives_as_not_accepted() -> None:
