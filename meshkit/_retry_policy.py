@@ -68,9 +68,7 @@ class RetryRule:
         self._classes, self._predicate = _check.errors("on", on, none="to retry nothing, say max_retries=0")
         # To name is to name a kind that would be objected to; Exception, or a base of one's own, says nothing of it.
         self._named = tuple(
-            c
-            for c in self._classes
-            if issubclass(c, MeshkitError) and (c.executed == "maybe" or issubclass(c, _NO_USE))
+            c for c in self._classes if issubclass(c, MeshkitError) and (_says_maybe(c) or issubclass(c, _NO_USE))
         )
 
     def __repr__(self) -> str:
@@ -84,7 +82,7 @@ class RetryRule:
         kind = type(error).__name__
         if not (isinstance(error, self._classes) or self._says_yes(error)):
             return NOT_COVERED
-        if isinstance(error, self._named) or not isinstance(error, MeshkitError):
+        if isinstance(error, self._named) or type(error) in self._classes or not isinstance(error, MeshkitError):
             return None
         if error.executed == "maybe" and not self.idempotent:
             return f"{kind} means that it may have happened; say idempotent=True if doing it twice is harmless"
@@ -101,6 +99,12 @@ class RetryRule:
         except Exception as failure:  # noqa: BLE001 - it must not mask the error that it was asked about
             report(failure, f"the predicate `on` failed on {type(error).__name__}", self._predicate)
             return False
+
+
+def _says_maybe(kind: type[MeshkitError]) -> bool:
+    """Return whether errors of a kind may have happened because it says so, and not because nobody said otherwise."""
+    says = next(base for base in kind.__mro__ if "executed" in vars(base))
+    return says is not MeshkitError and kind.executed == "maybe"
 
 
 def asked_delay(error: Exception) -> float:

@@ -8,7 +8,8 @@
     └─ Closed           you used it after closing it
 
 Every error is built from data, which it keeps as attributes, and writes its own sentence from them only when it
-is printed; so a refusal costs no formatting. `executed` says whether the work ran: "no", "maybe" or "yes".
+is printed; so a refusal costs no formatting. `executed` says whether the work ran: "no", "maybe" or "yes". An error of
+your own says "maybe", until its class says something else.
 Errors pickle and copy with their notes and their `__cause__`.
 
 >>> error = RateLimited(name="login", key="bob", max_count=5, window=60.0, retry_after=12.5)
@@ -61,7 +62,7 @@ Executed: TypeAlias = Literal["no", "maybe", "yes"]
 class MeshkitError(Exception):
     """The base of everything that meshkit raises on purpose, except `ValueError` and `TypeError` for bad arguments."""
 
-    executed: ClassVar[Executed] = "no"
+    executed: ClassVar[Executed] = "maybe"  # who cannot know says so: "no" may be what lets somebody do it again
 
     def __str__(self) -> str:
         return self._sentence()
@@ -160,6 +161,8 @@ class Refused(MeshkitError):
 
     `retry_after` says in how many seconds; None where nobody knows.
     """
+
+    executed: ClassVar[Executed] = "no"
 
     retry_after: float | None = None
 
@@ -368,6 +371,8 @@ class RemoteError(MeshkitError):
 @dataclass(eq=False, kw_only=True)
 class Untrusted(MeshkitError):
     """The bytes did not prove themselves; never retry."""
+
+    executed: ClassVar[Executed] = "no"  # nothing was done with the bytes
 
 
 @dataclass(eq=False, kw_only=True)

@@ -18,8 +18,10 @@ from typing import ClassVar, Generic, ParamSpec, Protocol, TypeVar
 import anyio
 
 from meshkit import _check, _notes
+from meshkit._executed import did_not_start
 from meshkit._recent_durations import RecentDurations
 from meshkit._time import now
+from meshkit.errors import OutcomeUnknown
 from meshkit.events import Event, Observer, notify
 from meshkit.guard import Guard
 
@@ -67,8 +69,9 @@ class Hedger(Guard):
     are alike.
 
     A hedge is for slowness, not for failure: a copy that fails starts no other (that is what a Retrier does). When all
-    that were started have failed, the error that came first is raised, with a note on the others. A cancellation
-    from outside cancels all copies, and is passed on when they have ended.
+    that were started have failed, the error that came first is raised, with a note on the others; errors that say that
+    their copy did not start come after those that do not. A cancellation from outside cancels all copies, and is passed
+    on when they have ended.
 
     The first copy runs in the caller's task, hedges in tasks of their own with the caller's context variables; all see
     the enclosing deadline. Cost: where the first copy is fast, a cancel scope and a timer, about 6 us, and half as
@@ -109,7 +112,8 @@ class Hedger(Guard):
         """Call `fn(*args, **kwargs)`, again and at the same time if it is slow, and return the first result.
 
         Raises:
-            Exception: All copies failed: the first error.
+            Exception: All copies failed: the first error, those left out that say it did not start, unless all do.
+            OutcomeUnknown: A hedge was cancelled from within, and all other copies say that they did not start.
         """
         if not callable(fn):
             raise _check.not_a_function(fn)
@@ -157,6 +161,7 @@ class _Race(Generic[T]):
         self._scopes: list[anyio.CancelScope] = []  # of the hedges that have begun
         self._running = 1
         self._errors: list[Exception] = []
+        self._cut: asyncio.CancelledError | None = None  # of a hedge, from within: no failure, but it had begun
         self._stopping: BaseException | None = None  # KeyboardInterrupt, SystemExit or the like, from a hedge
 
     def start_hedge(self) -> None:
@@ -177,8 +182,9 @@ class _Race(Generic[T]):
             with anyio.CancelScope(deadline=self._deadline) as scope:
                 self._scopes.append(scope)
                 self.succeeded(await self._copy(), number)
-        except asyncio.CancelledError:
-            raise  # from within the copy, or from who stops the loop: no result, and no failure
+        except asyncio.CancelledError as error:  # from within the copy, or from who stops the loop
+            self._cut = None if self.over else error
+            raise
         except Exception as error:  # noqa: BLE001 - raised in the task of the caller
             self.failed(error)
         except BaseException as error:  # noqa: BLE001 - likewise, also if the race is over
@@ -195,6 +201,7 @@ class _Race(Generic[T]):
             self.results.append(result)
             self._errors.clear()  # they hold this object, through their tracebacks
             self.observe()
+            self._cut = None
             if hedge:
                 notify(self._hedger.observer, HedgeWon(self._hedger.name, hedge))
 
@@ -223,8 +230,13 @@ class _Race(Generic[T]):
 
     def first_error(self) -> Exception:
         """Return the error to raise, and let go of all."""
-        error, *others = self._errors
-        self._errors = []
+        errors, cut = self._errors, self._cut
+        self._errors, self._cut = [], None
+        if cut is not None:
+            errors.append(OutcomeUnknown())
+            errors[-1].__cause__ = cut
+        errors.sort(key=did_not_start)  # "no" is not to be said of what may have run
+        error, *others = errors
         if others:
             kinds = ", ".join(type(other).__name__ for other in others)
             _notes.put(error, f"{self._hedger.name}: the other copies failed too: ", kinds)

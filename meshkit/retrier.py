@@ -15,6 +15,7 @@ import asyncio
 import functools
 import math
 import random
+import traceback
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +24,7 @@ from typing import Any, ClassVar, Literal, ParamSpec, Self, TypeVar
 import anyio
 
 from meshkit import _check, _notes
+from meshkit._executed import did_not_start
 from meshkit._retry_budget import RetryBudget as RetryBudget, RetryBudgetStats as RetryBudgetStats
 from meshkit._retry_policy import NOT_COVERED, On, RetryPolicy as RetryPolicy, RetryRule, asked_delay
 from meshkit._time import now
@@ -48,7 +50,7 @@ class Retrying(Event):
 
 @dataclass(frozen=True, slots=True)
 class GaveUp(Event):
-    """The last of so many attempts failed with `error`, which is raised now; `reason` says why no other follows."""
+    """After so many attempts `error` is raised; `reason` says why no other follows."""
 
     name: str
     attempts: int
@@ -92,8 +94,9 @@ class Retrier(Guard):
     under it, and jitter is put on top, so that those who were told the same time do not come back together. A delay
     that would end after the deadline (the policy's, or of an enclosing anyio scope) is not begun. In the end the last
     error is raised, the very object, with a note: after how many attempts, how long after the first failure, and why no
-    other followed. The policy's `timeout` cuts the attempt in flight: a `CallTimeout`, whose cause is the error before
-    it.
+    other followed. But if the last attempt did not start (`executed` is "no") and an earlier one did, or may have, then
+    the error of that one is raised, and the note names the last: so "no" is never said of what has begun. The policy's
+    `timeout` cuts the attempt in flight: a `CallTimeout`, whose cause is the error before it.
 
     One object serves any number of tasks: what belongs to a call lives in its `Attempts`. Cost: while first attempts
     succeed and no timeout is set, that of a bare wrapper (and half a microsecond for a budget).
@@ -146,7 +149,7 @@ class Retrier(Guard):
 
         Raises:
             CallTimeout: The policy's `timeout` is over; or `attempt_timeout` is, and no other attempt followed.
-            Exception: The last error of `fn`.
+            Exception: The last error of `fn`, those left out that say it did not start, unless all do.
         """
         if not callable(fn):
             raise _check.not_a_function(fn)
@@ -158,7 +161,7 @@ class Retrier(Guard):
             return await fn(*args, **kwargs)
         except Exception as error:
             attempts = Attempts(self)
-            if not attempts.failed(error):
+            if attempts.failed(error) is not None:
                 raise
         return await _repeat(attempts, fn, args, kwargs)
 
@@ -177,7 +180,7 @@ class Retrier(Guard):
                 return await fn(*args, **kwargs)
             except Exception as error:
                 attempts = Attempts(self)
-                if not attempts.failed(error):
+                if attempts.failed(error) is not None:
                     raise
             return await _repeat(attempts, fn, args, kwargs)
 
@@ -208,7 +211,7 @@ class Attempts:
         self._scope: anyio.CancelScope | None = None  # of the attempt that runs, if it has a limit
         self._delay = 0.0  # before the next attempt
         self._failed_at = self._first_failed_at = 0.0  # when the call began is not known: to ask would cost a success
-        self._earlier: Exception | None = None  # the error before this attempt: the cause, should `timeout` cut it
+        self._earlier: Exception | None = None  # what would be raised if this attempt did not start
 
     def __aiter__(self) -> Self:
         return self
@@ -250,20 +253,23 @@ class Attempts:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> bool:
         self._state = "over"
         scope, self._scope = self._scope, None
         earlier, self._earlier = self._earlier, None
-        if scope is not None and scope.__exit__(kind, error, traceback):
-            late = self._late(error, earlier)
-            if self.failed(late):
-                return True
-            try:
-                raise late
-            finally:
-                del late  # else its traceback would hold it, in a cycle
-        return isinstance(error, Exception) and self.failed(error)
+        failure = self._late(error, earlier) if scope is not None and scope.__exit__(kind, error, where) else error
+        if not isinstance(failure, Exception):
+            return False
+        raised = self.failed(failure, earlier)
+        if raised is None or raised is error:
+            return raised is None
+        context = raised.__context__
+        try:
+            raise raised
+        finally:
+            raised.__context__ = context  # it was not raised because of the last one
+            del raised, failure, earlier  # else its traceback would hold it, in a cycle
 
     def _late(self, cut: BaseException | None, earlier: Exception | None) -> CallTimeout:
         """Return what to say of an attempt that a limit of ours cut."""
@@ -272,23 +278,28 @@ class Attempts:
         limit = policy.timeout if final else policy.attempt_timeout  # what cut it is not None
         late = CallTimeout(name=self._retrier.name, timeout=limit or math.inf)
         late.__cause__ = earlier if final and earlier is not None else cut
+        late.__context__ = cut
         return late
 
-    def failed(self, error: Exception) -> bool:
-        """Take in that the attempt failed with `error`, and return whether another one follows."""
+    def failed(self, error: Exception, earlier: Exception | None = None) -> Exception | None:
+        """Take in that the attempt failed with `error`, after it was `earlier`; return None if another one follows.
+
+        Else return what is to be raised.
+        """
         self.number = self.number or 1  # the first attempt may have been made without this object
         self._failed_at = now()
         if self.number == 1:
             self._first_failed_at = self._failed_at
         delay = self._next_delay(error)
+        telling = error  # what tells the truth about all attempts: not a refusal, if one of them may have run
+        if earlier is not None and did_not_start(error) and not did_not_start(earlier):
+            telling = earlier
         if isinstance(delay, str):
-            self._give_up(error, delay)
-            return False
-        self._state, self._delay = "waiting", delay
-        if self._deadline != math.inf:
-            self._earlier = error
+            self._give_up(error, telling, delay)
+            return telling
+        self._state, self._delay, self._earlier = "waiting", delay, telling
         notify(self._retrier.observer, Retrying(self._retrier.name, self.number, delay, error))
-        return True
+        return None
 
     def _next_delay(self, error: Exception) -> float | str:
         """Return the delay before the next attempt, or the reason why there is none."""
@@ -310,8 +321,10 @@ class Attempts:
             return "the retry budget is spent"
         return delay
 
-    def _give_up(self, error: Exception, reason: str) -> None:
+    def _give_up(self, last: Exception, error: Exception, reason: str) -> None:
         retrier = self._retrier
+        if last is not error:
+            reason += f"; the last one did not start: {traceback.format_exception_only(last)[0].strip()}"
         if self.number > 1 or reason is not NOT_COVERED:  # what is none of our business stays as it is
             waited = f"s, {self._failed_at - self._first_failed_at:.3g} s after the first failure"
             start = f"{retrier.name}: gave up after "

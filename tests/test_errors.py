@@ -142,6 +142,16 @@ def test_every_error_is_of_one_kind_and_the_kind_says_whether_the_work_ran() -> 
     assert errors.__all__ == sorted(errors.__all__)
 
 
+def test_an_error_of_your_own_does_not_say_that_nothing_happened_unless_its_class_does() -> None:
+    class Mine(MeshkitError):
+        pass
+
+    class MineRefused(Mine, Refused):
+        pass
+
+    assert (MeshkitError().executed, Mine().executed, MineRefused().executed) == ("maybe", "maybe", "no")
+
+
 def test_every_error_is_in_the_table_of_sentences() -> None:
     classes = {getattr(errors, name) for name in errors.__all__ if inspect.isclass(getattr(errors, name))}
     assert {type(error) for error, _ in SAYS} == classes

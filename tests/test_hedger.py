@@ -14,7 +14,7 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from meshkit._recent_durations import RecentDurations
-from meshkit.errors import CallTimeout, PeerLost
+from meshkit.errors import CallTimeout, OutcomeUnknown, PeerLost, Unreachable
 from meshkit.events import Event
 from meshkit.guard import stack
 from meshkit.hedger import Hedger, HedgeStarted, HedgeWon
@@ -314,6 +314,28 @@ async def test_when_all_fail_the_error_that_came_first_is_raised_with_a_note_on_
             await Hedger(delay=1.0, max_hedges=2, name="read").call(fn)
         assert caught.value is first
         assert first.__notes__ == ["read: the other copies failed too: KeyError, ValueError"]
+
+
+async def test_an_error_that_says_it_did_not_start_is_raised_only_if_no_copy_did() -> None:
+    refused, late = Unreachable(node="bob"), CallTimeout(name="read", timeout=1.0)
+    for plans in ([(1.25, refused), (0.5, late)], [(2.0, late), (0.5, refused)]):
+        with pytest.raises(CallTimeout) as caught:
+            await Hedger(delay=1.0, name="read").call(Copies(*plans))
+        assert caught.value is late
+        assert late.__notes__ == ["read: the other copies failed too: Unreachable"]
+    with pytest.raises(Unreachable) as not_caught:
+        await Hedger(delay=1.0).call(Copies((1.25, refused), (0.5, Unreachable(node="carol"))))
+    assert not_caught.value is refused, "the first one, where none has started"
+
+
+async def test_a_hedge_that_is_cancelled_from_within_had_begun() -> None:
+    for seconds in (0.25, 0.5):  # before the first copy ends, and after
+        cut = asyncio.CancelledError()
+        with pytest.raises(OutcomeUnknown) as caught:
+            await Hedger(delay=1.0).call(Copies((1.375, Unreachable(node="bob")), (seconds, cut)))
+        assert caught.value.__cause__ is cut
+        with pytest.raises(OSError, match="first"):
+            await Hedger(delay=1.0).call(Copies((1.375, OSError("first")), (seconds, cut)))
 
 
 async def test_losers_that_fail_or_suppress_their_cancellation_mask_nothing() -> None:

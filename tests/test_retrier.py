@@ -10,7 +10,8 @@ import anyio
 import pytest
 from hypothesis import assume, example, given, settings, strategies as st
 
-from meshkit.errors import CallTimeout
+from meshkit.circuit_breaker import CircuitBreaker
+from meshkit.errors import CallTimeout, PeerLost, Refused, Unreachable
 from meshkit.events import Event
 from meshkit.guard import stack
 from meshkit.retrier import Backoff, GaveUp, Retrier, Retrying, RetryPolicy
@@ -156,6 +157,65 @@ async def test_the_last_error_is_raised_itself_at_once_with_a_note(form: Form) -
     assert caught.value.__notes__ == [note]
     assert caught.value.__context__ is None
     assert caught.value.__cause__ is None
+
+
+@every_form
+async def test_the_error_that_is_raised_does_not_say_no_of_what_may_have_begun(form: Form) -> None:
+    late, gone, refused = CallTimeout(name="store", timeout=1.0), OSError("reset"), Unreachable(node="bob")
+    before = late.__context__ = KeyError("its own story")
+    waiting = Refused()
+    for script, raised in [
+        ((late, refused), late),
+        ((gone, refused), gone),
+        ((gone, late, refused), late),
+        ((late, refused, waiting), late),
+        ((refused, late, refused), late),
+        ((late, ExceptionGroup("both", [refused, waiting])), late),
+        ((refused, waiting), waiting),
+        ((late, gone), gone),
+        ((refused, gone), gone),
+    ]:
+        policy = RetryPolicy(max_retries=len(script) - 1, jitter=False)
+        with pytest.raises(type(raised)) as caught:
+            await form(Retrier(policy, on=Exception, idempotent=True), Script(*script))
+        assert caught.value is raised
+    assert late.__context__ is before
+    assert (late.__cause__, refused.__cause__, refused.__context__) == (None, None, None)
+
+
+@every_form
+async def test_the_note_names_the_last_error_where_another_one_is_raised(form: Form) -> None:
+    class Odd(Refused):
+        def __str__(self) -> str:
+            raise ZeroDivisionError
+
+    seen: list[Event] = []
+    retrier = Retrier(PLAIN, on=OSError, observer=seen.append)
+    for last, says in [
+        (Unreachable(node="bob"), "Unreachable: node 'bob' cannot be reached: not connected"),
+        (Odd(), "Odd: <"),
+    ]:
+        with pytest.raises(OSError) as caught:
+            await form(retrier, Script(error := OSError(), last))
+        (note,) = caught.value.__notes__
+        start = (
+            "retrier: gave up after 2 attempts, 1 s after the first failure: `on` does not cover it; the last one did"
+        )
+        assert note.startswith(f"{start} not start: ")
+        assert says in note
+        gave_up = seen[-1]
+        assert isinstance(gave_up, GaveUp)
+        assert (gave_up.attempts, gave_up.error) == (2, error)
+        assert note.endswith(gave_up.reason)
+
+
+@every_form
+async def test_a_breaker_that_opens_meanwhile_does_not_hide_what_opened_it(form: Form) -> None:
+    breaker = CircuitBreaker(failure_threshold=1)
+    fn = Script(PeerLost(node="bob"))
+    with pytest.raises(PeerLost):
+        await form(Retrier(RetryPolicy(max_retries=1), on=Exception, idempotent=True), breaker(fn))
+    assert len(fn.calls) == 1
 
 
 async def test_without_retries_there_is_one_attempt() -> None:

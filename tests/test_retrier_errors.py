@@ -53,6 +53,21 @@ async def test_what_may_have_happened_is_retried_only_if_idempotent_or_named(err
     assert not await retries(error, (Exception, other)), "it names another one"
 
 
+async def test_an_error_of_ones_own_may_have_happened_unless_it_says_otherwise() -> None:
+    class ShopError(MeshkitError):
+        pass
+
+    class OutOfStock(ShopError):
+        executed: ClassVar[Any] = "no"
+
+    for broad in (Exception, MeshkitError):
+        assert not await retries(ShopError(), broad)
+        assert await retries(ShopError(), broad, idempotent=True)
+        assert await retries(OutOfStock(), broad)
+    assert await retries(ShopError(), ShopError), "it is named"
+    assert await retries(OutOfStock(), ShopError)
+
+
 async def test_a_base_of_ones_own_names_nothing_but_a_kind_of_ones_own_does() -> None:
     class ShopError(MeshkitError):
         pass

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from meshkit.errors import CallTimeout, Refused
+from meshkit.errors import CallTimeout, Refused, Unreachable
 from meshkit.events import Event
 from meshkit.retrier import GaveUp, Retrier, RetryBudget, RetryBudgetStats, Retrying, RetryPolicy
 from meshkit.testing import cancellation_points, run
@@ -307,6 +307,11 @@ async def test_nothing_holds_an_error_after_the_call() -> None:
             raise make()
         await asyncio.sleep(60)
 
+    async def fails_then_is_refused() -> None:
+        if not refs:
+            raise make()
+        raise Unreachable(node="bob")
+
     gc.disable()
     try:
         for policy in (PLAIN, RetryPolicy(timeout=60.0, jitter=False)):
@@ -321,6 +326,11 @@ async def test_nothing_holds_an_error_after_the_call() -> None:
             refs.clear()
             await Retrier(RetryPolicy(timeout=10.0, jitter=False), on=Big).call(fails_then_hangs)
         assert [ref() for ref in refs] == [None], "also where one is the cause of a timeout"
+        for policy in (RetryPolicy(max_retries=1), RetryPolicy(max_retries=1, timeout=60.0)):
+            refs.clear()
+            with contextlib.suppress(Big):
+                await Retrier(policy, on=Exception).call(fails_then_is_refused)
+            assert [ref() for ref in refs] == [None], "also where it is raised in place of a refusal"
     finally:
         gc.enable()
 
