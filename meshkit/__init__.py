@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Circuit as Circuit,
         CircuitBreaker as CircuitBreaker,
         CircuitChanged as CircuitChanged,
+        CircuitRefused as CircuitRefused,
         CircuitStats as CircuitStats,
         FailureRate as FailureRate,
         State as State,
@@ -103,7 +104,7 @@ if TYPE_CHECKING:
     )
     from meshkit.rate_limiter import (
         KeyLimit as KeyLimit,
-        LimitDenied as LimitDenied,
+        LimitRefused as LimitRefused,
         LimitWaited as LimitWaited,
         RateLimiter as RateLimiter,
         RateLimiterStats as RateLimiterStats,
@@ -200,7 +201,15 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
             "batch": ["Batch", "BatchCollector", "BatchDone", "BatchStats", "Taken"],
             "bulkhead": ["Bulkhead", "BulkheadRefused", "BulkheadStats", "BulkheadWaited", "Slots"],
             "call_registry": ["CallEnded", "CallRegistry", "CallRegistryStats", "PendingCalls", "ReplyIgnored"],
-            "circuit_breaker": ["Circuit", "CircuitBreaker", "CircuitChanged", "CircuitStats", "FailureRate", "State"],
+            "circuit_breaker": [
+                "Circuit",
+                "CircuitBreaker",
+                "CircuitChanged",
+                "CircuitRefused",
+                "CircuitStats",
+                "FailureRate",
+                "State",
+            ],
             "consensus": ["ConsensusHelper", "Outcome", "majority", "median", "plurality", "trimmed_mean"],
             "dedup": ["DedupCache", "DedupStats", "KeyEvicted", "SeenKeys"],
             "encryptor": ["Encryptor", "Sealed"],
@@ -208,7 +217,7 @@ else:  # hidden from type checkers, to whom a __getattr__ would mean that every 
             "logger": ["EventFormatter", "LogEntry", "LogLevel", "Logger", "LoggerStats", "ServiceLog"],
             "rate_limiter": [
                 "KeyLimit",
-                "LimitDenied",
+                "LimitRefused",
                 "LimitWaited",
                 "RateLimiter",
                 "RateLimiterStats",

@@ -18,11 +18,11 @@ __all__ = ["RetryBudget", "RetryBudgetStats"]
 
 @dataclass(frozen=True, slots=True)
 class RetryBudgetStats:
-    """What a `RetryBudget` has seen since it was made: calls, and retries and hedges that it granted or denied."""
+    """What a `RetryBudget` has seen since it was made: calls, and retries and hedges that it granted or refused."""
 
     calls: int
     granted: int
-    denied: int
+    refused: int
 
 
 @dataclass(slots=True)
@@ -54,17 +54,17 @@ class RetryBudget:
             raise ValueError(f"min_per_second must be 0, or at least {1 / self.WINDOW:g}, not {min_per_second!r}")
         # The seconds in which something happened, the oldest first; never empty.
         self._seconds = deque([_Second(-self.WINDOW)], maxlen=self.WINDOW)
-        self._calls = self._granted = self._denied = 0
+        self._calls = self._granted = self._refused = 0
 
     def __repr__(self) -> str:
         return (
             f"RetryBudget(ratio={self._ratio:g}, min_per_second={self._min_per_second:g}, "
-            f"calls={self._calls}, granted={self._granted}, denied={self._denied})"
+            f"calls={self._calls}, granted={self._granted}, refused={self._refused})"
         )
 
     def stats(self) -> RetryBudgetStats:
         """Return the counts since it was made."""
-        return RetryBudgetStats(self._calls, self._granted, self._denied)
+        return RetryBudgetStats(self._calls, self._granted, self._refused)
 
     def record_call(self, now: float) -> None:
         """Count a call: its first attempt, which needs no grant."""
@@ -72,12 +72,12 @@ class RetryBudget:
         self._current(now).calls += 1
 
     def try_spend(self, now: float) -> bool:
-        """Grant one retry or hedge and return True, if the budget allows it; a denial costs nothing."""
+        """Grant one retry or hedge and return True, if the budget allows it; a refusal costs nothing."""
         current = self._current(now)
         recent = [second for second in self._seconds if second.number > current.number - self.WINDOW]
         earned = self._ratio * sum(second.calls for second in recent) + self._min_per_second * self.WINDOW
         if sum(second.granted for second in recent) + 1 > earned:
-            self._denied += 1
+            self._refused += 1
             return False
         self._granted += 1
         current.granted += 1

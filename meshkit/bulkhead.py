@@ -50,7 +50,7 @@ class BulkheadWaited(Event):
     """A call was given a slot after it had waited for so many seconds."""
 
     name: str
-    waited: float
+    duration: float
 
 
 @dataclass(frozen=True, slots=True)

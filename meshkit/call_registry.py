@@ -35,12 +35,12 @@ _Reason: TypeAlias = Literal["late", "duplicate", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class CallEnded(Event):
-    """A call has ended, `seconds` after it began."""
+    """A call has ended, `duration` seconds after it began."""
 
     name: str
     id: str
     outcome: _Outcome
-    seconds: float
+    duration: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,7 @@ from meshkit.errors import CircuitOpen
 from meshkit.events import Event, Observer, notify
 from meshkit.guard import Guard, require_async
 
-__all__ = ["Circuit", "CircuitBreaker", "CircuitChanged", "CircuitStats", "FailureRate", "State"]
+__all__ = ["Circuit", "CircuitBreaker", "CircuitChanged", "CircuitRefused", "CircuitStats", "FailureRate", "State"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -68,6 +68,14 @@ class CircuitChanged(Event):
     name: str
     before: State
     after: State
+    retry_after: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class CircuitRefused(Event):
+    """A call was refused; after `retry_after` seconds one may be admitted (None: only after `reset`)."""
+
+    name: str
     retry_after: float | None
 
 
@@ -258,7 +266,7 @@ class CircuitBreaker(Guard):
             exception. `Refused` (by a limiter inside, or another breaker) says nothing about the other side: it counts
             only if it, or a subclass, is named. In a group each error is judged; one that counts is enough.
         name: For errors, events and `repr`.
-        observer: Is given a `CircuitChanged` whenever the state changes.
+        observer: Is given a `CircuitChanged` whenever the state changes, and a `CircuitRefused` for each refusal.
 
     Cost: while closed, a tenth of what a bare async wrapper costs comes on top. No task, no timer, bounded memory.
     """
@@ -273,7 +281,7 @@ class CircuitBreaker(Guard):
         max_reset_timeout: float | None = None,
         half_open_max: int = 1,
         trips_on: TripsOn = Exception,
-        name: str = "circuit breaker",
+        name: str = "breaker",
         observer: Observer | None = None,
     ) -> None:
         self._circuit = Circuit(
@@ -467,6 +475,8 @@ class CircuitBreaker(Guard):
             if lease is not None:
                 self._circuit.end(lease, None, moment)
             raise
+        if lease is None and self._observer is not None:
+            notify(self._observer, CircuitRefused(self._name, self._circuit.retry_after(moment)))
         return lease
 
     def _failed(self, lease: Lease, error: BaseException) -> None:

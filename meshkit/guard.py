@@ -213,7 +213,7 @@ class PerKey(Generic[K, G]):
 
     MAX_LOOKS = 64
 
-    def __init__(self, make: Callable[[K], G], *, max_keys: int = 10_000, name: str = "per-key") -> None:
+    def __init__(self, make: Callable[[K], G], *, max_keys: int = 10_000, name: str = "guards") -> None:
         given: object = make
         if not callable(given) or isinstance(given, Guard):
             raise TypeError(f"make must be a function of a key that makes a guard, not {make!r}")

@@ -14,7 +14,7 @@
 The treaty:
 
 - Of the admissions of a key, no interval [t, t + window) ever contains more than `max_count`.
-- A denial never charges. An admission that its waiter was cancelled before it could use is given back.
+- A refusal never charges. An admission that its waiter was cancelled before it could use is given back.
 - Nobody overtakes: while others wait for a key, `allow` refuses it.
 - A key that is limited is never forgotten, however many new ones come.
 - Time is the loop's. What another clock said (a virtual loop's, say, before this one ran) counts only if it lies within
@@ -38,14 +38,14 @@ from meshkit.errors import Overloaded, RateLimited, Refused, TooManyKeys
 from meshkit.events import Event, Observer, notify
 from meshkit.guard import Guard
 
-__all__ = ["KeyLimit", "LimitDenied", "LimitWaited", "RateLimiter", "RateLimiterStats", "SlidingWindow"]
+__all__ = ["KeyLimit", "LimitRefused", "LimitWaited", "RateLimiter", "RateLimiterStats", "SlidingWindow"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class LimitDenied(Event):
+class LimitRefused(Event):
     """A request was refused; `error` says why, and when to try again."""
 
     name: str
@@ -61,20 +61,20 @@ class LimitWaited(Event):
     name: str
     key: Hashable
     cost: int
-    waited: float
+    duration: float
 
 
 @dataclass(frozen=True, slots=True)
 class RateLimiterStats:
     """How many keys and results are remembered, and requests `waiting`, now; how many were refused in all.
 
-    `denied` counts all refused requests; `refused_keys` those for which there was no room for the key.
+    `refused` counts all refused requests; `refused_keys` those for which there was no room for the key.
     """
 
     keys: int
     waiting: int
     cached: int
-    denied: int
+    refused: int
     refused_keys: int
 
 
@@ -167,7 +167,7 @@ class RateLimiter(Guard):
             more. 64 are looked at to find it, 64 others the next time; where it finds none, the new key is refused.
         max_waiting: Requests that may wait, for all keys together.
         name: For errors, events and `repr`.
-        observer: Is given a LimitDenied or LimitWaited for each request that was so.
+        observer: Is given a LimitRefused or LimitWaited for each request that was so.
 
     Cost: `allow`, and `acquire` where it need not wait, are O(1) and create nothing. Waiting takes a future for each
     request and one timer for each key. A key takes 100 to 300 bytes, a unit of cost 8: count kilobytes, not bytes.
@@ -182,7 +182,7 @@ class RateLimiter(Guard):
         *,
         max_keys: int = 100_000,
         max_waiting: int = 100_000,
-        name: str = "rate-limiter",
+        name: str = "limiter",
         observer: Observer | None = None,
     ) -> None:
         self._clock = Clock()
@@ -191,7 +191,7 @@ class RateLimiter(Guard):
         self._max_waiting = _check.count("max_waiting", max_waiting)
         self._name = name
         self._observer = observer
-        self._denied = 0
+        self._refused = 0
         self._results = Results(ttl=2 * self._window.window, max_keys=max_keys)
         self._runs = SharedRuns()
 
@@ -208,9 +208,9 @@ class RateLimiter(Guard):
         if (not self._lines or self._lines.clear_way(key, cost)) and self._window.admit(key, self._clock.now(), cost):
             return True
         if self._observer is None:
-            self._denied += 1
+            self._refused += 1
         else:
-            self._deny(key, cost, self._refusal(key, cost))
+            self._refuse(key, cost, self._refusal(key, cost))
         return False
 
     def check(self, key: Hashable = None, cost: int = 1) -> bool:
@@ -236,7 +236,7 @@ class RateLimiter(Guard):
     def stats(self) -> RateLimiterStats:
         """Return what is remembered, who is waiting, and how many were refused."""
         window, lines = self._window, self._lines
-        return RateLimiterStats(len(window), lines.waiting, len(self._results), self._denied, window.refused_keys)
+        return RateLimiterStats(len(window), lines.waiting, len(self._results), self._refused, window.refused_keys)
 
     @property
     def idle(self) -> bool:
@@ -337,13 +337,13 @@ class RateLimiter(Guard):
     async def _wait(self, key: Hashable, cost: int) -> None:
         now = self._clock.now()
         if key not in self._lines and key not in self._window:
-            raise self._deny(key, cost, self._refusal(key, cost))
+            raise self._refuse(key, cost, self._refusal(key, cost))
         if self._lines.waiting >= self._max_waiting:
             wait, limit = self.retry_after(key, cost), self._max_waiting
-            raise self._deny(key, cost, Overloaded(name=f"the line of {self._name}", limit=limit, retry_after=wait))
+            raise self._refuse(key, cost, Overloaded(name=f"the line of {self._name}", limit=limit, retry_after=wait))
         deadline = anyio.current_effective_deadline()  # -inf in a scope that is cancelled: waiting will end at once
         if -math.inf < deadline < math.inf and self._lines.due(key, cost, now) >= deadline:
-            raise self._deny(key, cost, self._refusal(key, cost))
+            raise self._refuse(key, cost, self._refusal(key, cost))
         admitted = await self._lines.wait(key, cost, now)
         notify(self._observer, LimitWaited(self._name, key, cost, admitted - now))
 
@@ -353,9 +353,9 @@ class RateLimiter(Guard):
             return RateLimited(name=name, key=key, max_count=window.max_count, window=window.window, retry_after=wait)
         return TooManyKeys(name=name, key=key, max_keys=window.max_keys, retry_after=wait)
 
-    def _deny(self, key: Hashable, cost: int, error: Refused) -> Refused:
-        self._denied += 1
-        notify(self._observer, LimitDenied(self._name, key, cost, error))
+    def _refuse(self, key: Hashable, cost: int, error: Refused) -> Refused:
+        self._refused += 1
+        notify(self._observer, LimitRefused(self._name, key, cost, error))
         return error
 
 

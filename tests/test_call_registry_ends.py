@@ -205,7 +205,7 @@ async def test_every_call_ends_with_one_event() -> None:
     later(1, registry.close)
     with pytest.raises(Closed):
         await registry.call(nowhere, id="8")
-    assert [(event.id, event.outcome, event.seconds) for event in events if isinstance(event, CallEnded)] == [
+    assert [(event.id, event.outcome, event.duration) for event in events if isinstance(event, CallEnded)] == [
         ("1", "replied", 1.0),
         ("2", "rejected", 1.0),
         ("3", "timed_out", 2.0),

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import pytest
 from hypothesis import given, strategies as st
 
-from meshkit.circuit_breaker import CircuitBreaker, CircuitChanged, FailureRate, State
+from meshkit.circuit_breaker import CircuitBreaker, CircuitChanged, CircuitRefused, FailureRate, State
 from meshkit.errors import CircuitOpen, Refused
 from meshkit.events import Event
 from meshkit.testing import run
@@ -335,6 +335,8 @@ async def test_isolate_refuses_everything_until_reset() -> None:
     assert breaker.idle
     assert events == [
         CircuitChanged("bob", State.CLOSED, State.OPEN, None),
+        CircuitRefused("bob", None),  # by `call`
+        CircuitRefused("bob", None),  # by `allow_request`
         CircuitChanged("bob", State.OPEN, State.CLOSED, 0.0),
     ]
 
@@ -366,6 +368,22 @@ async def test_every_transition_is_told_once_and_after_it_happened() -> None:
     ]
     assert all(event.after is state for event, state in told)
     assert breaker.stats().opened == 2
+
+
+async def test_each_refusal_is_told_with_when_to_come_again() -> None:
+    events: list[Event] = []
+    breaker = CircuitBreaker(failure_threshold=1, reset_timeout=10.0, name="bob", observer=events.append)
+    await fail(breaker)
+    await asyncio.sleep(4)
+    with pytest.raises(CircuitOpen):
+        async with breaker:
+            pass
+    assert not breaker.allow_request()
+    await asyncio.sleep(6)
+    assert breaker.allow_request()
+    refused = [event for event in events if isinstance(event, CircuitRefused)]
+    assert refused == [CircuitRefused("bob", 6.0)] * 2
+    assert breaker.stats().refused == 2
 
 
 async def test_an_observer_that_raises_disturbs_nothing_and_is_reported() -> None:

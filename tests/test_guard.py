@@ -362,7 +362,7 @@ def test_each_key_has_one_guard_of_its_own_made_on_first_use() -> None:
     assert breakers.get("bob") is breakers["bob"]
     assert (len(breakers), list(breakers), "bob" in breakers, "dave" in breakers) == (2, ["carol", "bob"], True, False)
     assert [key for key, _ in breakers.items()] == ["carol", "bob"]
-    assert repr(breakers) == "PerKey('per-key', keys=2, max_keys=3)"
+    assert repr(breakers) == "PerKey('guards', keys=2, max_keys=3)"
 
 
 def test_a_key_spray_cannot_close_an_open_breaker() -> None:

@@ -91,7 +91,7 @@ async def test_a_result_in_the_very_moment_of_the_delay_keeps_the_hedge_from_run
     assert clock() == 1.0
     assert begun == 1
     assert seen == [], "it has not been started"
-    assert budget.stats() == RetryBudgetStats(calls=1, granted=0, denied=0), "nor paid for"
+    assert budget.stats() == RetryBudgetStats(calls=1, granted=0, refused=0), "nor paid for"
 
 
 async def test_a_failure_in_the_very_moment_of_the_delay_is_hedged_only_if_the_budget_grants_it() -> None:
@@ -485,7 +485,7 @@ async def test_a_hedge_that_was_about_to_begin_when_the_caller_was_cancelled_doe
     with pytest.raises(asyncio.CancelledError):
         await call
     assert (fn.begun, fn.ended, clock()) == ([0.0], ["cancelled"], 1.0)
-    assert budget.stats() == RetryBudgetStats(calls=1, granted=0, denied=0)
+    assert budget.stats() == RetryBudgetStats(calls=1, granted=0, refused=0)
 
 
 async def test_an_enclosing_scope_that_is_cancelled_while_losers_clean_up_waits_for_them_in_peace() -> None:
@@ -606,7 +606,7 @@ async def test_the_budget_is_shared_with_retries_and_ends_hedging_when_it_is_spe
         await hedger.call(Copies((0.5, "fast")))
     assert await hedger.call(fn) == 0
     assert len(fn.begun) == 3, "four calls earn two hedges"
-    assert budget.stats() == RetryBudgetStats(calls=4, granted=2, denied=1)
+    assert budget.stats() == RetryBudgetStats(calls=4, granted=2, refused=1)
     with pytest.raises(OSError) as caught:
         await Retrier(RetryPolicy(), on=OSError, budget=budget).call(Copies((0.0, OSError())))
     assert caught.value.__notes__ == ["retrier: gave up after 1 attempt: the retry budget is spent"]

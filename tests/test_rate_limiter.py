@@ -15,7 +15,7 @@ from meshkit import guard
 from meshkit.errors import Overloaded, RateLimited, Refused, TooManyKeys
 from meshkit.events import Event
 from meshkit.guard import PerKey, stack
-from meshkit.rate_limiter import KeyLimit, LimitDenied, LimitWaited, RateLimiter, RateLimiterStats
+from meshkit.rate_limiter import KeyLimit, LimitRefused, LimitWaited, RateLimiter, RateLimiterStats
 from meshkit.testing import run
 
 
@@ -28,7 +28,7 @@ async def test_so_many_are_allowed_in_a_window_and_each_key_has_its_own() -> Non
     assert [limiter.allow("bob", cost) for cost in (2, 2, 1)] == [True, False, True]
 
 
-async def test_a_query_charges_nothing_and_a_denial_neither() -> None:
+async def test_a_query_charges_nothing_and_a_refusal_neither() -> None:
     limiter = RateLimiter(1, 10.0)
     for _ in range(5):
         assert limiter.check("bob")
@@ -120,7 +120,7 @@ async def test_at_max_keys_a_new_one_is_refused_counted_and_told_when() -> None:
         await limiter.acquire("dave")
     assert str(caught.value) == ("login: no room for 'dave', all 2 keys are in use; raise max_keys; try again in 9 s")
     assert caught.value.retry_after == 9.0
-    assert limiter.stats() == RateLimiterStats(keys=2, waiting=0, cached=0, denied=2, refused_keys=2)
+    assert limiter.stats() == RateLimiterStats(keys=2, waiting=0, cached=0, refused=2, refused_keys=2)
     await asyncio.sleep(9)
     assert limiter.check("dave")
     assert limiter.allow("dave")
@@ -135,14 +135,14 @@ async def test_cleanup_forgets_only_what_is_not_limited() -> None:
     limiter.set_cached_result("bob", 1)
     await asyncio.sleep(5)
     assert limiter.cleanup() == 1
-    assert limiter.stats() == RateLimiterStats(keys=1, waiting=0, cached=1, denied=0, refused_keys=0)
+    assert limiter.stats() == RateLimiterStats(keys=1, waiting=0, cached=1, refused=0, refused_keys=0)
     assert not limiter.allow("carol")
     await asyncio.sleep(15)
     assert limiter.cleanup() == 1
-    assert limiter.stats() == RateLimiterStats(keys=0, waiting=0, cached=0, denied=1, refused_keys=0)
+    assert limiter.stats() == RateLimiterStats(keys=0, waiting=0, cached=0, refused=1, refused_keys=0)
 
 
-async def test_the_observer_is_told_of_denials_and_of_waiting() -> None:
+async def test_the_observer_is_told_of_refusals_and_of_waiting() -> None:
     events: list[Event] = []
     limiter = RateLimiter(2, 10.0, max_keys=1, name="login", observer=events.append)
     assert limiter.allow("bob", 2)
@@ -150,12 +150,12 @@ async def test_the_observer_is_told_of_denials_and_of_waiting() -> None:
     assert not limiter.allow("carol")
     await limiter.acquire("bob")
     await limiter.acquire("bob")
-    denied, no_room, *waited = events
-    assert isinstance(denied, LimitDenied)
-    assert (denied.name, denied.key, denied.cost) == ("login", "bob", 2)
-    assert isinstance(denied.error, RateLimited)
-    assert str(denied.error) == "login: 'bob' has used all 2 admissions of the last 10 s; try again in 10 s"
-    assert isinstance(no_room, LimitDenied)
+    refused, no_room, *waited = events
+    assert isinstance(refused, LimitRefused)
+    assert (refused.name, refused.key, refused.cost) == ("login", "bob", 2)
+    assert isinstance(refused.error, RateLimited)
+    assert str(refused.error) == "login: 'bob' has used all 2 admissions of the last 10 s; try again in 10 s"
+    assert isinstance(no_room, LimitRefused)
     assert isinstance(no_room.error, TooManyKeys)
     assert waited == [LimitWaited("login", "bob", 1, 10.0)]
 
@@ -214,7 +214,7 @@ async def test_a_cost_that_can_never_fit_is_an_error_for_every_verb(cost: int) -
             group.start_soon(limiter.acquire, "bob")
             await anyio.lowlevel.checkpoint()
         group.cancel_scope.cancel()
-    assert limiter.stats().denied == 0
+    assert limiter.stats().refused == 0
 
 
 async def test_an_unhashable_key_is_a_type_error() -> None:
@@ -240,7 +240,7 @@ async def test_its_errors_are_refusals_that_print_and_pickle() -> None:
         assert error.executed == "no"
         copy = pickle.loads(pickle.dumps(error))
         assert (str(copy), copy.retry_after) == (str(error), error.retry_after)
-    assert limiter.stats().denied == 3
+    assert limiter.stats().refused == 3
     await waiting
 
 

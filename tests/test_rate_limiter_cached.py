@@ -198,7 +198,7 @@ async def test_without_a_result_it_says_when_to_come_back() -> None:
     assert caught.value.retry_after == 8.0
     with pytest.raises(TooManyKeys):
         await limiter.call_or_cached("carol", Work())
-    assert limiter.stats().denied == 2
+    assert limiter.stats().refused == 2
 
 
 async def test_those_who_come_together_share_one_call() -> None:
@@ -208,7 +208,7 @@ async def test_those_who_come_together_share_one_call() -> None:
     assert results == ["result"] * 50
     assert work.begun == 1
     assert now() == 1.0
-    assert limiter.stats().denied == 0
+    assert limiter.stats().refused == 0
     assert not len(limiter._runs)
     await asyncio.gather(*[limiter.call_or_cached(key, work) for key in range(5)])
     assert work.begun == 6, "other keys have other calls"

@@ -224,7 +224,7 @@ async def test_a_deadline_that_cannot_be_met_is_refused_at_once() -> None:
     with anyio.fail_after(20.1):
         await limiter.acquire("bob")
     assert now() == 20.0
-    assert limiter.stats().denied == 2
+    assert limiter.stats().refused == 2
 
 
 async def test_the_nearest_deadline_counts_and_a_shield_hides_those_outside() -> None:

@@ -352,7 +352,7 @@ async def test_when_the_budget_is_spent_the_error_is_raised_at_once_and_says_so(
     reason = "the retry budget is spent"
     assert caught.value.__notes__ == [f"retrier: gave up after 2 attempts, 1 s after the first failure: {reason}"]
     assert seen == [Retrying("retrier", 1, 1.0, error), GaveUp("retrier", 2, reason, error)]
-    assert budget.stats() == RetryBudgetStats(calls=2, granted=1, denied=1)
+    assert budget.stats() == RetryBudgetStats(calls=2, granted=1, refused=1)
 
 
 async def test_a_thousand_callers_share_what_the_budget_grants() -> None:
@@ -389,7 +389,7 @@ class BudgetAgainstModel(RuleBasedStateMachine):
         self.now = 1000.0
         self.calls: list[float] = []
         self.grants: list[float] = []
-        self.refunded = self.denied = 0
+        self.refunded = self.refused = 0
 
     @rule(seconds=st.floats(0, 4) | st.floats(5, 40))
     def pass_time(self, seconds: float) -> None:
@@ -411,7 +411,7 @@ class BudgetAgainstModel(RuleBasedStateMachine):
         if allowed:
             self.grants.append(self.now)
         else:
-            self.denied += 1
+            self.refused += 1
 
     @rule(pick=st.integers(0, 99))
     def refund(self, pick: int) -> None:
@@ -423,7 +423,7 @@ class BudgetAgainstModel(RuleBasedStateMachine):
     def the_counts_are_right_and_little_is_held(self) -> None:
         if hasattr(self, "budget"):
             stats = self.budget.stats()
-            assert stats == RetryBudgetStats(len(self.calls), len(self.grants), self.denied)
+            assert stats == RetryBudgetStats(len(self.calls), len(self.grants), self.refused)
             assert len(self.budget._seconds) <= 10
 
 
@@ -450,7 +450,7 @@ def test_a_budget_shows_what_it_is_and_does() -> None:
     budget = RetryBudget()
     budget.record_call(0.0)
     budget.try_spend(0.5)
-    assert repr(budget) == "RetryBudget(ratio=0.2, min_per_second=10, calls=1, granted=1, denied=0)"
+    assert repr(budget) == "RetryBudget(ratio=0.2, min_per_second=10, calls=1, granted=1, refused=0)"
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def summary(nodes: list[Node], outcome: Outcome) -> bool:
         kept = ", ".join(owner.name for owner in nodes if owner.id in node.stash.kept) or "-"
         state = "silent" if node is outcome.silent else "up"
         decided = str(node.checkpoint.decided.get(outcome.subject.id))
-        print(row(node.name, state, kept, decided, node.presence.repeated, node.presence.pings.stats().denied))
+        print(row(node.name, state, kept, decided, node.presence.repeated, node.presence.pings.stats().refused))
     print(f"\n{'sha256 before':<24} {outcome.before}")
     for peer, after in outcome.after.items():
         print(f"{'after, from ' + peer:<24} {after}  {'same' if after == outcome.before else 'DIFFERENT'}")

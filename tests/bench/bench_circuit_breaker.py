@@ -70,7 +70,7 @@ async def raise_and_catch(n: int) -> None:
 
 async def raise_and_catch_the_same(n: int) -> None:
     async def refuse(_: int) -> None:
-        raise CircuitOpen(name="circuit breaker", state="open", retry_after=30.0)
+        raise CircuitOpen(name="breaker", state="open", retry_after=30.0)
 
     for i in range(n):
         try:
