@@ -666,7 +666,7 @@ def test_what_is_made_for_a_key_is_a_guard() -> None:
     makers: list[Callable[[str], Any]] = [str.upper, list]
     for make in makers:
         peers: PerKey[str, Any] = PerKey(make)
-        with pytest.raises(TypeError, match=r"^per-key: make\('bob'\) must return a guard, not "):
+        with pytest.raises(TypeError, match=r"^guards: make\('bob'\) must return a guard, not "):
             peers["bob"]
         assert "bob" not in peers
 
