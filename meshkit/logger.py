@@ -295,13 +295,19 @@ class Logger:
         """Write all groups now, and from now on every event at once. Idempotent."""
         self._batch.close()
 
+    def open(self) -> None:
+        """Group events again after `close`. A new logger is open; so is one whose `with` block is entered again."""
+        self._batch.closed = False
+
     def __enter__(self) -> Self:
+        self.open()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     async def __aenter__(self) -> Self:
+        self.open()
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -1,6 +1,7 @@
 """The end of a Logger, and other loops and threads: nothing is lost, and nothing is left behind."""
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import subprocess
@@ -208,6 +209,29 @@ def test_where_writing_is_interrupted_the_other_groups_are_not_lost(by: str, out
     logger.close()
     loop.close()
     assert output.lines == ["[stash] bob and carol requested stash"]
+
+
+def test_a_logger_that_is_opened_again_groups_events_again_and_has_forgotten_nothing() -> None:
+    output = Output()
+    logger = Logger(output=output, disabled=["noisy"])
+    logger.register_formatter("stash", "store", lambda entries: f"{sum(entry.count for entry in entries)} files")
+    log = logger.service("stash")
+
+    async def main() -> None:
+        for opened in range(3):
+            if opened == 1:
+                logger.open()
+            async with contextlib.nullcontext() if opened == 1 else logger:
+                log.event("store", "alice", count=2)
+                log.event("store", "bob")
+                logger.service("noisy").error("noise")
+                assert output.lines == ["[stash] 3 files"] * opened
+                logger.flush()
+            logger.close()
+            assert output.lines == ["[stash] 3 files"] * (opened + 1)
+
+    run(main)
+    assert logger.service("stash") is log
 
 
 def test_cancelling_a_service_anywhere_loses_no_event() -> None:

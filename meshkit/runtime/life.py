@@ -5,8 +5,9 @@ fixture, an ASGI lifespan or a REPL may enter in one task and leave in another.
 """
 
 import asyncio
+import contextlib
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -16,7 +17,7 @@ from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.router import Router
 from meshkit.runtime.service import Service, ServiceFailed
-from meshkit.runtime.supervisor import ENDS_THE_PROCESS, Supervisor, begin, take_back_cancellations
+from meshkit.runtime.supervisor import ENDS_THE_PROCESS, Supervisor, begin, take_back_cancellations, was_cancelled
 from meshkit.runtime.transport import Alone, Transport
 from meshkit.runtime.wire import Beat
 
@@ -160,6 +161,8 @@ class Life:
             raise
         except BaseException as error:  # noqa: BLE001 - raised again when all has been undone
             failed = error
+            if isinstance(error, asyncio.CancelledError) and not was_cancelled():
+                failed = RuntimeError(f"the transport of node {self._name!r} awaited something that was cancelled")
             self._cut_short()
         await self._end()
         if self._interrupt is not None:
@@ -176,20 +179,28 @@ class Life:
             service.rt = self._runtime
             service.log = self._runtime.logger.service(service.name, emoji=service.emoji or None)
             service.supervisor = self._supervisors[service.name]
-            try:
+            with self._blaming(service, "init()"):
                 service.init()
-            except Exception as error:
-                raise self._failed(service, "init()") from error
 
     async def _start(self, service: Service) -> None:
-        try:
+        with self._blaming(service, "start()"):
             await _within(service.start_timeout, service.start)
-        except Exception as error:
-            raise self._failed(service, "start()") from error
         self._started.append(service)
         self.router.dispatcher.mailboxes.open(service.name)
 
     # --- failures
+
+    @contextlib.contextmanager
+    def _blaming(self, service: Service, what: str) -> Generator[None, None, None]:
+        """Raise what a hook raises as its failure, also a `CancelledError` where nobody has cancelled this task."""
+        try:
+            yield
+        except ENDS_THE_PROCESS:
+            raise
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and was_cancelled():
+                raise
+            raise self._failed(service, what) from error
 
     def _failed(self, service: Service, what: str) -> ServiceFailed:
         return ServiceFailed(node=self._name, service=service.name, what=what)
@@ -207,10 +218,14 @@ class Life:
         if self.failure is None:
             self.failure = self._failed(service, what)
             self.failure.__cause__ = error
+        # The task that fails here may be one that this cancels: then not at its next await, whatever that may be.
+        self.loop.call_soon(self._give_up)
+
+    def _give_up(self) -> None:
         if self.is_open:
             self.ask_to_close()
             self._on_failure()
-        else:
+        elif not self.router.intake.draining:  # else it ends already
             self._task.cancel()
 
     # --- the end; each step is bounded, and a cancellation cuts one step short
@@ -255,8 +270,12 @@ class Life:
         try:
             await step
         except asyncio.CancelledError:
-            self._cut_short()
-            log.warning("node %r stops: %s was cut short", self._name, what)
+            if was_cancelled():
+                self._cut_short()
+                log.warning("node %r stops: %s was cut short", self._name, what)
+            else:  # as in `task.cancel(); await task`, which is meant well
+                text = "node %r stops: %s awaited something that was cancelled, and what comes after that has not run"
+                log.warning(text, self._name, what)
         except GeneratorExit:
             raise
         except BaseException as error:

@@ -5,8 +5,10 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import Any, Self
 
+from meshkit._notes import put
 from meshkit._time import running_loop
 from meshkit.errors import Closed
+from meshkit.runtime.journal import shown
 from meshkit.runtime.life import Life
 from meshkit.runtime.service import ServiceFailed
 
@@ -118,7 +120,7 @@ class Lifecycle:
         await self.start()
         self._body = asyncio.current_task()
         if self._life is not None and self._life.failure is not None:
-            self._cancel_body()
+            asyncio.get_running_loop().call_soon(self._cancel_body)
         return self
 
     async def __aexit__(
@@ -128,9 +130,22 @@ class Lifecycle:
         cancelled, self._body_cancelled = self._body_cancelled, False
         if cancelled and body is asyncio.current_task() and body is not None:
             body.uncancel()
-        await self.stop()
+        failed_before = self._life is not None and self._life.failure is not None
+        try:
+            await self.stop()
+        except ServiceFailed as failure:
+            if error is None or isinstance(error, asyncio.CancelledError | GeneratorExit):
+                raise
+            if failed_before and error.__cause__ is not failure.__cause__:
+                put(failure, "the body of `async with` then raised ", shown(error))
+                raise
+            if not failed_before:  # it is in the log; what the body raised is nowhere else
+                put(error, "as the runtime stopped, ", str(failure))
 
     def _cancel_body(self) -> None:
-        """End the body of `async with`, if the task that entered it still runs: its runtime has failed."""
-        if self._body is not None and not self._body.done():
+        """End the body of `async with`, if the task that entered it still runs: its runtime has failed.
+
+        Called by the loop, never by the body: so it is cancelled where it waits, and not in `__aexit__`.
+        """
+        if self._body is not None and not self._body.done() and not self._body_cancelled:
             self._body_cancelled = self._body.cancel()

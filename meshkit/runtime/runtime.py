@@ -52,14 +52,16 @@ class Runtime(Lifecycle):
         name: What the node is called.
         services: Its services, in the order in which they start.
         transport: How it reaches other nodes; without one it is alone.
-        identity: The keys that prove what it sends; its public key is the node's id. Without one, the name is the id:
-            that will do only where no message leaves the process.
+        identity: The keys that prove what it sends; its public key is the node's id. Without one, the name is the id
+            where no message leaves the process. Elsewhere it makes one, which no other `Runtime` object has: so its id
+            is another one each time that the program runs (`Identity.load_or_create` keeps it).
         trust: The ids of the nodes whose messages are taken, or a function that is given an id; by default all.
         window: Seconds by which the clocks of two nodes may differ: a proved message that is older, or as far ahead, is
             refused.
         heartbeat: Seconds between its signs of life; a node that is silent for three of its own is gone. None: it gives
             none, so that nobody notices when it falls silent, and who asks any node asks it only if no other is known.
-        logger: Where its services log; by default a `Logger` of its own, which is closed when it stops.
+        logger: Where its services log; by default a `Logger` of its own, which is closed when it stops, and opened
+            when it starts again.
         disabled_loggers: Names of services that log nothing.
         verbose_loggers: Names of services that log debug lines, and each event at once.
         grace: Seconds that handlers have to finish when it stops.
@@ -93,29 +95,27 @@ class Runtime(Lifecycle):
             raise TypeError(f"transport must be one, such as MemoryTransport(hub), not {transport!r}")
         if logger is not None and not isinstance(logger, Logger):
             raise TypeError(f"logger must be a meshkit.Logger, not {logger!r}")
-        self.node = self.name if identity is None else identity.node_id
         self.services = tuple(services)
         self.grace = _check.duration("grace", grace, zero=True)
         self.heartbeat = None if heartbeat is None else _check.duration("heartbeat", heartbeat)
         self.observer = observer
         self.letters = DeadLetters(_check.count("max_dead_letters", max_dead_letters))
         self._transport: Transport = Alone() if transport is None else transport
+        if identity is None and not self._transport.in_process:
+            identity = Identity.generate()
         self._identity = identity
+        self.node = self.name if identity is None else identity.node_id
         self._trust = trust
         self._window = _check.duration("window", window)
         if identity is None and trust is not None:
             raise ValueError("trust needs an identity: only nodes that have one prove who they are")
-        self._loggers = (_names(disabled_loggers), _names(verbose_loggers))
-        if logger is not None and any(self._loggers):
+        disabled, verbose = _names(disabled_loggers), _names(verbose_loggers)
+        if logger is not None and (disabled or verbose):
             raise ValueError(
                 "disabled_loggers and verbose_loggers are for a logger of its own: set them where you make it"
             )
         self._own_logger = logger is None
-        self.logger = self._new_logger() if logger is None else logger
-
-    def _new_logger(self) -> Logger:
-        disabled, verbose = self._loggers
-        return Logger(node=self.name, disabled=disabled, verbose=verbose)
+        self.logger = Logger(node=self.name, disabled=disabled, verbose=verbose) if logger is None else logger
 
     def __repr__(self) -> str:
         services = ", ".join(getattr(service, "name", "?") for service in self.services)
@@ -250,20 +250,18 @@ class Runtime(Lifecycle):
     # --- its life
 
     def _new_life(self) -> Life:
-        if self._life is not None and self._own_logger:
-            self.logger = self._new_logger()
         graph = Graph(self.name, self.services)
         end_of_log = self.logger.close if self._own_logger else self.logger.flush
-        return Life(self, graph, self._transport, self._prover(), self._cancel_body, end_of_log)
+        life = Life(self, graph, self._transport, self._prover(), self._cancel_body, end_of_log)
+        if self._own_logger:
+            self.logger.open()
+        return life
 
     def _prover(self) -> Prover | None:
         """Return what proves what this node sends, if that must be."""
-        transport = self._transport
         if self._identity is None:
-            if not transport.in_process:
-                raise ValueError(f"node {self.name!r} needs an identity: what it sends leaves this process")
             return None
-        if transport.exposed and self._trust is None:
+        if self._transport.exposed and self._trust is None:
             raise ValueError(f"node {self.name!r} can be reached by strangers: say with trust= whom it trusts")
         return Prover(self._identity, name=self.name, trust=self._trust, window=self._window, started=_time.wall())
 

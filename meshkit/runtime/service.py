@@ -48,8 +48,9 @@ class ServiceFailed(MeshkitError):
     what: str
 
     def _sentence(self) -> str:
-        cause = "" if self.__cause__ is None else f": {type(self.__cause__).__name__}: {self.__cause__}"
-        return f"{self.what} of service {self.service!r} on node {self.node!r} failed{cause}"
+        cause = self.__cause__
+        why = [] if cause is None else [type(cause).__name__, str(cause)]
+        return ": ".join([f"{self.what} of service {self.service!r} on node {self.node!r} failed", *filter(None, why)])
 
 
 class Service:

@@ -1,7 +1,7 @@
 """The transport over TCP: what a small mesh runs on, with nothing installed.
 
 >>> import asyncio
->>> from meshkit.runtime import Identity, Message, Runtime, Service, handles, request
+>>> from meshkit.runtime import Message, Runtime, Service, handles, request
 >>> UPPER = request("text:upper", str, reply=str)
 >>> class Text(Service):
 ...     name = "text"
@@ -10,10 +10,9 @@
 ...     async def upper(self, msg: Message[str]) -> str:
 ...         return msg.payload.upper()
 >>> async def main():
-...     one, other = TcpTransport("127.0.0.1:0"), Identity.generate()
-...     async with Runtime("bob", [Text()], identity=Identity.generate(), transport=one) as bob:
-...         transport = TcpTransport(join=[one.address])
-...         async with Runtime("alice", identity=other, transport=transport) as alice:
+...     one = TcpTransport("127.0.0.1:0")
+...     async with Runtime("bob", [Text()], transport=one) as bob:
+...         async with Runtime("alice", transport=TcpTransport(join=[one.address])) as alice:
 ...             while bob.node not in alice.peers:
 ...                 await asyncio.sleep(0.01)
 ...             return await alice.call(UPPER, "boo", to=bob.node)
@@ -40,7 +39,7 @@ __all__ = ["TcpLimits", "TcpTransport"]
 class TcpTransport:
     """Connects a runtime to others over TCP.
 
-    It needs an identity, which proves to each peer who is there, before anything else is taken from it. `start` returns
+    The identity of its runtime proves to each peer who is there, before anything else is taken from it. `start` returns
     when it listens; it waits for no other node, which need not be there yet. Addresses in `join`, and those of nodes it
     has met, are dialled for ever, with growing, jittered delays. It logs (logger `meshkit.transports.tcp`) one line
     when a peer is lost, and one when it is back. Frames arrive in order; those that are under way when a connection

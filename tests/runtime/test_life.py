@@ -328,6 +328,20 @@ async def test_loggers_can_be_disabled_and_verbose(capsys: pytest.CaptureFixture
         alice.log("stash").event("tease", "dave")
 
 
+async def test_what_was_set_on_its_own_logger_holds_after_a_restart(capsys: pytest.CaptureFixture[str]) -> None:
+    alice = Runtime("alice", [Stash()])
+    alice.logger.register_formatter("stash", "store", lambda entries: f"{len(entries)} nodes stored")
+    alice.logger.set_service_enabled("noisy", False)
+    log = alice.log("stash")
+    for times in (1, 2):
+        async with alice:
+            log.event("store", "bob")
+            alice.log("stash").event("store", "carol")
+            alice.log("noisy").error("not seen")
+        assert capsys.readouterr().err.count("2 nodes stored\n") == 1, f"start {times}"
+    assert alice.log("stash") is log
+
+
 async def test_a_logger_that_was_given_is_flushed_and_stays_open() -> None:
     async with mesh("alice") as (_, [alice], _):
         alice.log("stash").event("tease", "bob", target="carol")

@@ -1,6 +1,7 @@
 """Nodes that have identities, on one hub: everything between them is proved."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Literal, cast
@@ -9,11 +10,11 @@ import anyio
 import pytest
 
 from meshkit.errors import CallTimeout, MalformedFrame, PeerLost, RemoteError, Unreachable
-from meshkit.runtime import Identity, Message, MessageDropped, Peer, Reject, Service, handles, request, router
+from meshkit.runtime import Identity, Message, MessageDropped, Peer, Reject, Runtime, Service, handles, request, router
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.outbox import PLAIN
 from meshkit.runtime.wire import Ask, Beat, Cancel, Failure, Goodbye, Reply, Tell, Wire, encode, encode_payload
-from meshkit.testing import CancellationPoint
+from meshkit.testing import CancellationPoint, SimLoop
 from meshkit.transports import MemoryHub
 from tests.runtime.nodes import ODD, SLEEP, STORE, TEASE, Node, Stash, Store, StoreAck, everywhere, plain
 
@@ -424,22 +425,37 @@ class Exposed:
 
 
 async def start(*, exposed: bool, **options: Any) -> None:
-    node = Node("alice", **options)
-    vars(node)["_transport"] = Exposed(exposed=exposed)
-    async with node:
+    async with Runtime("alice", transport=Exposed(exposed=exposed), **options):
         pass
 
 
-@pytest.mark.parametrize("exposed", [False, True])
-async def test_a_node_whose_messages_leave_the_process_needs_an_identity(exposed: bool) -> None:
-    with pytest.raises(ValueError, match="node 'alice' needs an identity: what it sends leaves this process"):
-        await start(exposed=exposed)
-    await start(exposed=exposed, identity=ALICE, trust={BOB.node_id})
+async def test_a_node_whose_messages_leave_the_process_has_an_identity_of_its_own() -> None:
+    one, two = (Runtime("alice", transport=Exposed(exposed=False)) for _ in range(2))
+    ids = {one.node, two.node}
+    assert len(ids - {"alice"}) == 2
+    for _ in range(2):
+        async with one:
+            await one.emit(TEASE, "x")  # it is proved: see the transport
+    assert ids == {one.node, two.node}, "it is the same after a restart"
+    await start(exposed=True, trust={BOB.node_id})
+
+
+def test_in_a_simulation_it_comes_from_the_seed() -> None:
+    async def made() -> str:
+        return Runtime("alice", transport=Exposed(exposed=False)).node
+
+    ids = []
+    for seed in (1, 1, 2):
+        with contextlib.closing(SimLoop(seed)) as loop:
+            ids.append(loop.run_until_complete(made()))
+    assert ids[0] == ids[1] != ids[2]
 
 
 async def test_a_node_that_strangers_can_reach_must_say_whom_it_trusts() -> None:
     with pytest.raises(ValueError, match="can be reached by strangers: say with trust= whom it trusts"):
         await start(exposed=True, identity=ALICE)
+    with pytest.raises(ValueError, match="can be reached by strangers: say with trust= whom it trusts"):
+        await start(exposed=True)
     everybody: list[Any] = [set(), [BOB.node_id], lambda node: True]
     for trust in everybody:
         await start(exposed=True, identity=ALICE, trust=trust)

@@ -123,6 +123,7 @@ async def test_a_body_that_ends_with_an_error_of_its_own_keeps_it_as_the_context
             await asyncio.sleep(100)
             await alice.call(STORE, Store("x"), to="alice")
     assert isinstance(caught.value.__context__, Closed)
+    assert "the body of `async with` then raised Closed" in caught.value.__notes__[0]
 
 
 async def test_a_cancellation_from_outside_at_the_same_time_is_not_lost() -> None:
@@ -185,6 +186,9 @@ async def test_the_second_failure_is_logged() -> None:
         async with alice:
             await asyncio.sleep(1000)
     assert alice.logged.count("failed too often") == 2
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0, "the body was cancelled once"
 
 
 async def test_a_body_of_which_the_task_has_ended_is_let_alone() -> None:

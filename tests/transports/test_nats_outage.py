@@ -413,8 +413,6 @@ async def test_a_cluster_of_three_loses_any_one_and_the_mesh_heals() -> None:
 async def test_a_broker_is_not_joined_without_saying_whom_to_trust() -> None:
     with pytest.raises(ValueError, match="can be reached by strangers: say with trust= whom it trusts"):
         await Runtime("alice", transport=NatsTransport(any_url()), identity=identity("alice")).start()
-    with pytest.raises(ValueError, match="needs an identity"):
-        await Runtime("alice", transport=NatsTransport(any_url()), trust=TRUST).start()
 
 
 async def test_when_the_server_is_not_there_the_runtime_does_not_start_and_says_why() -> None:

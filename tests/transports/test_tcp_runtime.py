@@ -136,9 +136,19 @@ async def test_one_that_a_node_does_not_trust_is_not_let_in() -> None:
             await carol.call(STORE, Store("x"), to=alice.node)
 
 
-async def test_a_node_needs_an_identity_and_where_strangers_can_reach_it_to_be_told_whom_to_trust() -> None:
-    with pytest.raises(ValueError, match="needs an identity: what it sends leaves this process"):
-        await Runtime("alice", transport=TcpTransport("127.0.0.1:0")).start()
+async def test_on_one_machine_a_node_needs_no_more_than_an_address() -> None:
+    listening = TcpTransport("127.0.0.1:0")
+    async with (
+        Runtime("bob", [Stash()], transport=listening) as bob,
+        Runtime("alice", transport=TcpTransport(join=[listening.address or ""])) as alice,
+    ):
+        with anyio.fail_after(PATIENCE):
+            while bob.node not in alice.peers:
+                await asyncio.sleep(0.01)
+        assert await alice.call(STORE, Store("x", b"12"), to=bob.node) == StoreAck(2)
+
+
+async def test_a_node_that_strangers_can_reach_must_be_told_whom_to_trust() -> None:
     with pytest.raises(ValueError, match="can be reached by strangers: say with trust= whom it trusts"):
         await Runtime("alice", transport=TcpTransport(":0"), identity=identity("alice")).start()
 
