@@ -16,7 +16,7 @@ from meshkit import _time
 from meshkit.errors import Closed, Draining, MeshkitError
 from meshkit.runtime.answers import Answers
 from meshkit.runtime.delivery import Delivery, delivery_of, fail
-from meshkit.runtime.failures import DeadLetters, Failures
+from meshkit.runtime.failures import DeadLetters, Failures, answer_of
 from meshkit.runtime.graph import Graph, Handler
 from meshkit.runtime.journal import Journal
 from meshkit.runtime.mailbox import Mailbox
@@ -230,7 +230,7 @@ class Dispatcher:
             self._journal.note((message.id, f"rejected by {handler.name}: {answer.code}", ""))
         except Exception as error:  # noqa: BLE001 - whatever a handler raises is its failure; its caller learns no more
             again = self.failures.failed(delivery, error)
-            answer = Failure(message.id, "failed", code="internal")
+            answer = answer_of(delivery)
         except asyncio.CancelledError as error:
             if scope.cancel_called and not handler.mailbox.closed:
                 self._journal.cancelled += 1

@@ -18,9 +18,11 @@ from meshkit.runtime.delivery import Delivery
 from meshkit.runtime.graph import Handler
 from meshkit.runtime.journal import Journal, shown
 from meshkit.runtime.message import Message
+from meshkit.runtime.options import OnError
 from meshkit.runtime.service import Service
+from meshkit.runtime.wire import Failure
 
-__all__ = ["DeadLetter", "DeadLetters", "Failures"]
+__all__ = ["DeadLetter", "DeadLetters", "Failures", "answer_of", "not_handled"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +43,19 @@ class DeadLetter:
     """What is tried again: the message as it came to the first stage, or to the handler."""
     size: int
     """Bytes of the encoded payload; 0 of a local one."""
+
+
+def not_handled(call_id: str, stage: str, on_error: OnError) -> Failure:
+    """Return what the caller of a request is told if a `stage` of it failed: no handler has begun."""
+    where = "" if on_error == "drop" else f" (look for {call_id} in its log)"
+    return Failure(call_id, "not_accepted", f"its stage {stage!r} failed{where}")
+
+
+def answer_of(delivery: Delivery) -> Failure:
+    """Return what the caller of a request is told if its handler failed, or its `order_by`."""
+    if delivery.order_error is not None:
+        return not_handled(delivery.message.id, "order_by", delivery.handler.behavior.on_error)
+    return Failure(delivery.message.id, "failed", code="internal")
 
 
 class DeadLetters:

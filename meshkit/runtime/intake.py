@@ -28,7 +28,7 @@ from meshkit.errors import (
 from meshkit.runtime.behavior import Broadcast, Request
 from meshkit.runtime.calls import Calls
 from meshkit.runtime.dispatcher import Dispatcher
-from meshkit.runtime.failures import DeadLetter
+from meshkit.runtime.failures import DeadLetter, not_handled
 from meshkit.runtime.frame import Opened, Prover, claimed_sender
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.journal import Journal, shown
@@ -232,7 +232,7 @@ class Intake:
         names = ", ".join(handler.name for handler in route.handlers)
         letter = DeadLetter(_kept(stopped.message), names, stage, 1, error, _kept(message), size)
         self._dispatcher.failures.end(route.handlers[0], letter, error)
-        return Failure(call_id, "failed", code="internal")
+        return not_handled(call_id, stage, route.handled.on_error)
 
     def replay(self, letter: DeadLetter) -> bool:
         """Handle a dead letter again, from where it failed or else from the first stage; return False if none can."""

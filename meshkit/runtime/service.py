@@ -136,7 +136,7 @@ class Reject(Exception):
     def __init__(self, code: str, detail: str = "", *, retryable: bool = False) -> None:
         super().__init__(code, detail)
         self.code = check_name("the code of a Reject", code)
-        if code in {"internal", "bad_reply"}:
+        if code in {"internal", "bad_reply", "reply_forgotten"}:
             raise ValueError(f"the code of a Reject cannot be {code!r}, which says that nobody chose to fail")
         # A file's name may hold what is not Unicode.
         self.detail = str(detail)[:MAX_DETAIL].encode("utf-8", "backslashreplace").decode()[:MAX_DETAIL]

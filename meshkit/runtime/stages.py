@@ -67,7 +67,8 @@ class Drop:
 class Fail:
     """Go no further, because of an error: a `MeshkitError` is what the caller of a request gets, too.
 
-    Any other is a failure of this node, which deals with it as the behavior says (`on_error`).
+    Any other is a failure of this node, which deals with it as the behavior says (`on_error`); the caller of a request
+    is refused with `NotAccepted`, since no handler has begun.
     """
 
     error: Exception

@@ -198,7 +198,7 @@ def test_a_reject_needs_a_code(code: Any) -> None:
         Reject(code)
 
 
-@pytest.mark.parametrize("code", ["internal", "bad_reply"])
+@pytest.mark.parametrize("code", ["internal", "bad_reply", "reply_forgotten"])
 def test_a_reject_cannot_pass_for_an_accident(code: str) -> None:
     with pytest.raises(ValueError, match=f"the code of a Reject cannot be '{code}', which says that nobody chose"):
         Reject(code)

@@ -19,7 +19,6 @@ from meshkit.errors import (
     Overloaded,
     PeerLost,
     RateLimited,
-    RemoteError,
     Unreachable,
 )
 from meshkit.events import Event
@@ -348,7 +347,25 @@ async def test_an_observer_that_raises_harms_nothing() -> None:
     }
 
 
-async def test_the_caller_of_a_dropped_request_is_refused_and_of_a_failed_one_gets_the_error() -> None:
+@pytest.mark.parametrize("fails", ["filter", "order_by"])
+async def test_what_a_filter_or_order_by_raises_is_a_refusal_that_names_a_log_line_only_if_there_is_one(
+    fails: str,
+) -> None:
+    def broken(_: object) -> Any:
+        raise ZeroDivisionError
+
+    for on_error in ("log", "drop"):
+        ask = request("x:ask", int, reply=int, on_error=cast("Any", on_error), **cast("Any", {fails: broken}))
+        service = taker(ask)
+        async with Node("alice", service) as alice:
+            with pytest.raises(NotAccepted) as caught:
+                await alice.call(ask, 1, to="alice", id="5f")
+            says = f"its stage '{fails}' failed" + (" (look for 5f in its log)" if on_error == "log" else "")
+            assert (caught.value.reason, caught.value.executed, service.seen) == (says, "no", [])
+            assert ("ZeroDivisionError" in alice.logged) == (on_error == "log")
+
+
+async def test_the_caller_of_a_request_that_a_stage_stopped_is_refused() -> None:
     outcomes: dict[int, Callable[[], Outcome]] = {
         1: lambda: Drop("unwanted"),
         2: lambda: Fail(Overloaded(name="the disk", limit=3)),
@@ -368,9 +385,11 @@ async def test_the_caller_of_a_dropped_request_is_refused_and_of_a_failed_one_ge
         with pytest.raises(Overloaded, match="the disk"):
             await alice.call(ask, 2, to="bob")
         for payload in (3, 4, 5):
-            with pytest.raises(RemoteError) as failed:
+            with pytest.raises(
+                NotAccepted, match=r"its stage 'pick' failed \(look for [0-9a-f]+ in its log\)"
+            ) as failed:
                 await alice.call(ask, payload, to="bob")
-            assert failed.value.code == "internal"
+            assert failed.value.executed == "no"
             assert "secret" not in str(failed.value)
         assert service.seen == [0]
         assert bob.stats().dropped == {
@@ -793,7 +812,7 @@ async def test_functions_of_a_behavior_that_raise_on_what_came_are_failures_and_
 async def test_a_request_whose_order_cannot_be_told_is_answered_and_leaves_nothing() -> None:
     ask = request("x:ask", int, reply=int, order_by=lambda msg: cast("Any", []))
     async with Node("alice", taker(ask)) as alice:
-        with pytest.raises(RemoteError, match="internal"):
+        with pytest.raises(NotAccepted, match="'order_by' failed"):
             await alice.call(ask, 1, to="alice")
         assert (alice.stats().queued, alice.stats().running, alice.stats().pending) == (0, 0, 0)
 
@@ -823,7 +842,7 @@ async def test_what_failed_in_a_stage_is_a_dead_letter_as_it_was_there_and_can_b
     raw = broadcast("x:raw", int, on_error="dead_letter", stages=[Stage("early", check, "decode")])
     service, other = taker(ask), taker(raw, "other")
     async with Node("alice", service, other) as alice:
-        with pytest.raises(RemoteError):
+        with pytest.raises(NotAccepted):
             await alice.call(ask, 1, to="alice", timeout=1)
         await alice.emit(raw, 2)
         letter, early = alice.dead_letters
