@@ -291,6 +291,7 @@ class CircuitBreaker(Guard):
             half_open_max=half_open_max,
         )
         self._settings = f"{failure_threshold=!r}, {reset_timeout=!r}"
+        self._slow_call = failure_threshold.slow_call if isinstance(failure_threshold, FailureRate) else None
         self._rule = TripRule(trips_on)
         self._name = name
         self._observer = observer
@@ -309,6 +310,11 @@ class CircuitBreaker(Guard):
     def state(self) -> State:
         """The state now. An open circuit is half-open as soon as its break is over; asking changes nothing."""
         return self._circuit.state(self._clock.now())
+
+    @property
+    def attempt_limit(self) -> float | None:
+        """After how many seconds a call counts as slow, if it ever does."""
+        return self._slow_call
 
     @property
     def idle(self) -> bool:

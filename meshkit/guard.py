@@ -13,6 +13,7 @@
 
 import functools
 import inspect
+import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -42,6 +43,11 @@ class Guard(ABC):
     def time_limit(self) -> float | None:
         """The longest that one call through this guard may take, in seconds; None if it sets no limit."""
         return None
+
+    @property
+    def attempt_limit(self) -> float | None:
+        """After how many seconds one call of what is inside has failed for this guard; None if it sets no limit."""
+        return self.time_limit
 
     @property
     def idle(self) -> bool:
@@ -94,6 +100,7 @@ class Stack(Guard):
             _check_is_guard(guard)
         self.guards: tuple[Guard, ...] = tuple(flat)
         _check_order(self.guards)
+        _check_breakers(self.guards)
 
     def __repr__(self) -> str:
         return f"stack({', '.join(map(repr, self.guards))})"
@@ -166,6 +173,20 @@ def _check_order(guards: tuple[Guard, ...]) -> None:
                     f"{outer.describe()} around {inner.describe()}: the longer limit inside can never be reached: "
                     "swap them, or drop the inner one"
                 )
+
+
+def _check_breakers(guards: tuple[Guard, ...]) -> None:
+    """Refuse a limit right around a breaker that is blind to it; further out it may be meant."""
+    for position, (outer, breaker) in enumerate(itertools.pairwise(guards), 1):
+        limit = outer.attempt_limit
+        if breaker.kind != "breaker" or outer.kind not in {"timeout", "retrier"} or limit is None:
+            continue
+        inside = [guard.attempt_limit for guard in guards[position:]]
+        if not any(seen is not None and seen <= limit for seen in inside):
+            raise ValueError(
+                f"{outer.describe()} around {breaker.describe()}: what its limit of {limit:g} s cuts is cancelled, and "
+                f"what is cancelled never counts, so the circuit would stay closed: put a Timeout({limit:g}) inside"
+            )
 
 
 def _check_is_guard(guard: Any) -> None:

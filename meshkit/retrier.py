@@ -136,6 +136,11 @@ class Retrier(Guard):
         """The policy's timeout."""
         return self.policy.timeout
 
+    @property
+    def attempt_limit(self) -> float | None:
+        """The policy's timeout for each attempt."""
+        return self.policy.attempt_timeout
+
     def delay_for(self, n: int) -> float:
         """Return the seconds to wait before the `n`-th retry, from 1; with jitter, each time another draw."""
         return self._backoff.delay(n, self._draw)

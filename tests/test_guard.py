@@ -244,6 +244,10 @@ def test_its_time_limit_is_the_least_and_it_is_idle_when_all_are() -> None:
         (lambda: (Timeout(1.0), Tag("x"), Timeout(2.0)), "the longer limit inside can never be reached"),
         (lambda: (retrier(timeout=1.0), Timeout(2.0)), "the longer limit inside can never be reached"),
         (lambda: (stack(Bulkhead(3), Tag("x")), stack(retrier())), "put the Retrier outside"),
+        (lambda: (Timeout(1.0), CircuitBreaker()), "so the circuit would stay closed: put a Timeout(1) inside"),
+        (lambda: (Timeout(1.0), CircuitBreaker(), Bulkhead(3)), "put a Timeout(1) inside"),
+        (lambda: (retrier(timeout=9.0, attempt_timeout=2.0), CircuitBreaker()), "put a Timeout(2) inside"),
+        (lambda: (Timeout(1.0), CircuitBreaker(FailureRate(slow_call=2.0))), "put a Timeout(1) inside"),
         (tuple, "at least one guard"),
     ],
 )
@@ -257,6 +261,12 @@ def test_orders_that_make_no_sense_are_refused_with_a_reason(guards: Callable[[]
     [
         lambda: (retrier(), LIMITER.for_key("bob"), CircuitBreaker(), Bulkhead(3), Timeout(1.0)),
         lambda: (Timeout(9.0), retrier(timeout=8.0), Hedger(delay=1.0), CircuitBreaker(), Timeout(1.0)),
+        lambda: (Timeout(9.0), CircuitBreaker(), Timeout(1.0)),
+        lambda: (Timeout(9.0), CircuitBreaker(), retrier(attempt_timeout=1.0)),
+        lambda: (Timeout(9.0), CircuitBreaker(FailureRate(slow_call=2.0))),
+        lambda: (Timeout(9.0), retrier(), CircuitBreaker()),  # the function may have a limit of its own
+        lambda: (Timeout(9.0), LIMITER.for_key("bob"), CircuitBreaker()),  # this one limits the wait
+        lambda: (retrier(timeout=9.0), CircuitBreaker()),
         lambda: (Timeout(1.0), Timeout(1.0)),
         lambda: (CircuitBreaker(), retrier()),
         lambda: (CircuitBreaker(), CircuitBreaker()),
@@ -326,9 +336,11 @@ async def test_a_retrier_outside_waits_for_the_breaker_to_let_a_probe_through() 
 
 async def test_a_timeout_inside_the_breaker_counts_and_one_outside_does_not() -> None:
     inside, outside = CircuitBreaker(failure_threshold=1), CircuitBreaker(failure_threshold=1)
-    for guards in (stack(inside, Timeout(1.0)), stack(Timeout(1.0), outside)):
+    slow = CircuitBreaker(FailureRate(minimum_calls=1, slow_call=0.5))
+    for guards in (stack(inside, Timeout(1.0)), stack(Timeout(1.0), Tag("x"), outside), stack(Timeout(1.0), slow)):
         with pytest.raises(CallTimeout):
             await guards.call(asyncio.sleep, 100)
+    assert slow.state is State.OPEN, "it has seen that the call was slow"
     assert (inside.state, outside.state) == (State.OPEN, State.CLOSED)
 
 
