@@ -179,6 +179,7 @@ class Life:
             service.rt = self._runtime
             service.log = self._runtime.logger.service(service.name, emoji=service.emoji or None)
             service.supervisor = self._supervisors[service.name]
+        for service in self._graph.services:  # when all have what they need to be stopped
             with self._blaming(service, "init()"):
                 service.init()
 

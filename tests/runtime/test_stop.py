@@ -291,3 +291,20 @@ async def test_it_fails_within_a_task_group_or_around_it(group: Callable[[], Any
     assert now() == 0
     assert not is_cancelled()
     assert nothing_is_left()
+
+
+# --- an init that fails
+
+
+async def test_where_the_first_init_fails_it_is_told_although_the_others_have_not_begun() -> None:
+    class Fails(Service):
+        name = "fails"
+
+        def init(self) -> None:
+            raise ValueError("no")
+
+    diary: list[str] = []
+    with pytest.raises(ServiceFailed, match=r"init\(\) of service 'fails' on node 'alice' failed: ValueError: no"):
+        await Node("alice", Fails(), Noted("one", diary)).start()
+    assert diary == []
+    assert nothing_is_left()
