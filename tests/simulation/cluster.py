@@ -253,5 +253,5 @@ async def crash_in_calm(world: World, cluster: SimCluster) -> None:
     world.check(calls[1] not in world.running.values(), f"{calls[1]} goes on although its caller has crashed")
     for task in tasks:
         task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    await asyncio.wait(tasks)
     await cluster.start("bob")
