@@ -56,8 +56,9 @@ _MAX_PEERS = 2_000  # whose derived keys are kept: it takes 300 µs to derive th
 class Opened:
     """What was in a frame: node `sender` said so, at `time` by its clock (seconds since the epoch). That is proved.
 
-    If `stale` is not None, it came too late, and perhaps not for the first time: it will never be accepted. What was
-    sent `before_start` of this node may have been accepted by its life before, which it remembers nothing of.
+    If `stale` is not None, it came too late, and perhaps not for the first time: it will never be accepted. `forgotten`
+    says that it may have been accepted before, and nothing is remembered of that: by the life of this node before, or
+    because its sender has sent more since than is remembered.
     """
 
     sender: str
@@ -65,7 +66,7 @@ class Opened:
     to_all: bool
     time: float
     stale: Stale | None
-    before_start: bool = False
+    forgotten: bool = False
 
 
 class _Peer(NamedTuple):
@@ -89,6 +90,7 @@ class Prover:
             because clocks differ; what was accepted before a restart, and is stamped so, could be accepted once more.
         max_frame: How many bytes a frame may have. `max_bundle`, what then remains for a bundle, is an attribute.
         max_remembered: How many accepted frames it can remember, each until its stamp is out of the window; 170 bytes.
+            Beyond, what came first of the sender that has most is forgotten: what it stamped before that is stale.
     """
 
     def __init__(
@@ -152,7 +154,7 @@ class Prover:
             BadSeal, BadSignature: Its sender did not make it so.
             Stale: It is proved, but stamped in the future.
             Replayed: It was opened before.
-            Overloaded: It is proved, but too many were opened lately to remember this one, too.
+            Overloaded: It is proved, but frames of too many senders were opened lately to remember one more.
         """
         size = len(frame)
         if not _HEADER.size <= size <= self._max_frame:
@@ -184,17 +186,17 @@ class Prover:
         self._senders.move_to_end(sender)
         if len(self._senders) > _MAX_PEERS:
             self._senders.popitem(last=False)
-        time, stale = round(now * MICRO), None
-        if self.seen.accepts(stamp, time):
+        time, seen, stale, forgotten = round(now * MICRO), self.seen, None, False
+        if seen.accepts(node_id, stamp, time):
             # Ids are public: only with its sender does one say which frame it is, or another could take it.
-            if not self.seen.add(sender + frame_id, stamp, time):
+            if not seen.add(node_id, frame_id, stamp, time):
                 raise Replayed
-        elif stamp > time and stamp >= self.seen.floor:
+        elif stamp > time and stamp >= seen.floor_of(node_id, stamp):
             raise Stale
         else:
-            self.seen.refuse(stamp)
-            stale = Stale()
-        return Opened(node_id, bundle, proof == _SIGNED, stamp / MICRO, stale, before_start=stamp < self._started)
+            seen.refuse(stamp, time)
+            stale, forgotten = Stale(), stamp < self._started or time - stamp <= seen.window
+        return Opened(node_id, bundle, proof == _SIGNED, stamp / MICRO, stale, forgotten)
 
     def _require_room(self, bundle: bytes | bytearray) -> None:
         if len(bundle) > self.max_bundle:

@@ -138,13 +138,13 @@ class Intake:
     def _refuse_late(self, opened: Opened, wires: Sequence[Wire]) -> None:
         """Refuse what came too late, unless it is asked again what this node knows already.
 
-        What was asked of a life of this node before is not refused: it may have run there.
+        What may have been accepted before, of which nothing is remembered, is not refused: it may have run.
         """
         self._refuse(opened.sender, Stale())
         for wire in wires:
             if isinstance(wire, Ask) and not opened.to_all and not self._dispatcher.knows(opened.sender, wire.id):
                 late = Failure(wire.id, "not_accepted", "it was sent too long ago", asked=wire.time)
-                self._answer(opened.sender, Failure(wire.id, "cut") if opened.before_start else late)
+                self._answer(opened.sender, Failure(wire.id, "cut") if opened.forgotten else late)
 
     def take(self, sender: str, wire: Wire) -> None:
         """Take what a node has sent, and is known to have sent."""

@@ -8,13 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from meshkit.errors import (
     BadSeal,
     BadSignature,
     MalformedFrame,
-    Overloaded,
     Replayed,
     Stale,
     UnknownSender,
@@ -23,7 +21,6 @@ from meshkit.errors import (
 from meshkit.runtime import frame as frames
 from meshkit.runtime.frame import Opened, Prover, Trust, claimed_sender
 from meshkit.runtime.identity import Identity, node_id_of
-from meshkit.runtime.replay import ReplayWindow
 
 ALICE, BOB, EVE = (Identity.from_seed(letter * 32) for letter in (b"a", b"b", b"e"))
 START = 1_700_000_000.0
@@ -403,22 +400,28 @@ def as_eve(frame: bytes) -> bytes:
     return header + EVE.sign(b"meshkit signed frame 1\0" + header + b"eve") + b"eve"
 
 
-def test_a_full_memory_refuses_and_forgets_nothing(alice: Prover) -> None:
-    bob = prover(BOB, max_remembered=10)
-    opened = [alice.sign(b"", NOW + n) for n in range(10)]
-    for frame in opened:
-        bob.open(frame, NOW + 9)
-    late = alice.sign(b"late", NOW + 9)
-    with pytest.raises(
-        Overloaded, match=r"memory of frames: full, it holds 10 already; try again in 21\.1 s"
-    ) as caught:
-        bob.open(late, NOW + 9)
-    for frame in opened:
-        with pytest.raises(Replayed):
-            bob.open(frame, NOW + 9)
-    assert caught.value.retry_after == pytest.approx(21.1)
-    assert bob.open(late, NOW + 30.1).stale is None
+def test_when_the_memory_is_full_the_first_of_who_has_sent_most_is_forgotten_and_nothing_opens_twice(
+    alice: Prover,
+) -> None:
+    bob, eve = prover(BOB, max_remembered=10), prover(EVE)
+    flood = [(eve.seal(BOB.node_id, b"", NOW + n), eve.sign(b"", NOW + n + 0.5))[n % 2] for n in range(25)]
+    delayed, calm = alice.seal(BOB.node_id, b"late", NOW - 1), [alice.sign(b"", NOW + n) for n in range(3)]
+    for frame in [*calm, *flood]:
+        assert bob.open(frame, NOW + 25).stale is None
     assert bob.seen.count == 10
+    for frame in calm:
+        with pytest.raises(Replayed):
+            bob.open(frame, NOW + 25)
+    forgotten, remembered = flood[:18], flood[18:]
+    for frame in forgotten:
+        opened = bob.open(frame, NOW + 25)
+        assert opened.stale is not None
+        assert opened.forgotten, "it was accepted, so nobody may be told that it was not"
+    for frame in remembered:
+        with pytest.raises(Replayed):
+            bob.open(frame, NOW + 25)
+    assert bob.open(delayed, NOW + 25).stale is None, "who sends little is not touched by it"
+    assert bob.open(eve.sign(b"", NOW + 25), NOW + 25).stale is None, "and who sends much, in order, does not notice"
 
 
 def hostile(rng: random.Random, frame: bytes) -> Iterator[bytes]:
@@ -473,120 +476,6 @@ def test_keys_are_kept_of_those_who_were_heard_or_spoken_to_last(monkeypatch: py
     for number in (2, 0, 4, 2):
         bob.seal(peers[number].node_id, b"", NOW)
     assert (derived().currsize, derived().misses) == (3, 11), "only the key for peer 0 was not there"
-
-
-# --- the core against a naive model -------------------------------------------------------------------------
-
-WINDOW, SKEW = 30, 2
-moments = st.integers(-60, 60)
-
-
-class ReplayMachine(RuleBasedStateMachine):
-    """The model forgets nothing. It knows only what must be refused, and what must be accepted if the clock is sane."""
-
-    @initialize(per_second=st.sampled_from([1, 5, 10, 50]), limit=st.sampled_from([3, 1_000]))
-    def begin(self, per_second: int, limit: int) -> None:
-        self.unit = 1_000_000 // per_second
-        self.limit = limit
-        self.now = 10**9
-        self.accepted: dict[tuple[bytes, int], int] = {}  # each with the life in which it was
-        self.life = 0
-        self.start()
-
-    def start(self) -> None:
-        self.life += 1
-        self.refused: set[int] = set()  # stamps
-        self.started = self.highest = self.now
-        self.floor = (self.started - SKEW) * self.unit
-        self.window = ReplayWindow(window=WINDOW * self.unit, floor=self.floor, max_keys=self.limit)
-
-    @rule(seconds=st.integers(0, 20))
-    def time_passes(self, seconds: int) -> None:
-        self.now += seconds
-        self.highest = max(self.highest, self.now)
-
-    @rule(seconds=st.integers(-100, 100) | st.sampled_from([10**6]))
-    def the_clock_is_set(self, seconds: int) -> None:
-        self.now += seconds
-        self.highest = max(self.highest, self.now)
-
-    @rule()
-    def it_restarts(self) -> None:
-        self.start()
-
-    @rule(offset=moments, key=st.binary(min_size=1, max_size=2))
-    def one_comes(self, offset: int, key: bytes) -> None:
-        self.comes(key, (self.now + offset) * self.unit)
-
-    @precondition(lambda self: self.accepted)
-    @rule(pick=st.randoms(use_true_random=False))
-    def one_comes_again(self, pick: random.Random) -> None:
-        self.comes(*pick.choice(list(self.accepted)))
-
-    def comes(self, key: bytes, stamp: int) -> None:
-        now, window = self.now * self.unit, WINDOW * self.unit
-        in_time = abs(now - stamp) <= window and stamp >= self.floor
-        slot = stamp // ReplayWindow.SLOT
-        replay = any(
-            life == self.life and (other, s // ReplayWindow.SLOT) == (key, slot)
-            for (other, s), life in self.accepted.items()
-        )
-        before = self.window.count
-        if not self.window.accepts(stamp, now):
-            # What is in time may be refused only if its stamp was out of the window at some time before.
-            assert not in_time or stamp < self.highest * self.unit - window
-            if stamp < now - window:
-                self.window.refuse(stamp)
-                self.refused.add(stamp)
-            return
-        assert stamp not in self.refused
-        assert in_time
-        try:
-            new = self.window.add(key, stamp, now)
-        except Overloaded as error:
-            assert before == self.window.count == self.limit
-            assert not replay
-            assert (error.retry_after or 0) > 0  # noqa: PT017 - it may be raised or not
-            return
-        assert new is not replay
-        if (
-            key,
-            stamp,
-        ) in self.accepted and new:  # in an earlier life: only what was stamped about when it ended, or ahead
-            assert stamp >= self.floor
-        self.accepted[key, stamp] = self.life
-        live = {
-            (other, s // ReplayWindow.SLOT)
-            for (other, s), life in self.accepted.items()
-            if life == self.life and s >= self.window.floor
-        }
-        assert len(live) <= self.window.count <= self.limit  # what was refused is forgotten in its turn
-
-
-TestReplayWindow = ReplayMachine.TestCase
-
-
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-300, 300)), max_size=200))
-def test_with_a_clock_that_goes_forward_all_that_is_in_time_and_new_is_accepted(steps: list[tuple[int, int]]) -> None:
-    window, now = ReplayWindow(window=300 * 100_000, floor=0, max_keys=1_000), 10**9
-    seen: set[int] = set()
-    for step, offset in steps:
-        now += step * 100_000
-        stamp = now + offset * 100_000
-        assert window.accepts(stamp, now)
-        assert window.add(b"key", stamp, now) is (stamp not in seen)
-        seen.add(stamp)
-
-
-def test_a_memory_that_was_full_is_emptied_little_by_little() -> None:
-    window = ReplayWindow(window=1_000_000, floor=0, max_keys=1_000)
-    for n in range(1_000):
-        assert window.add(b"%d" % n, n * 1_000, n * 1_000)
-    counts: list[int] = []
-    for n in range(10):
-        assert window.add(b"%d" % n, 10**9, 10**9)
-        counts.append(window.count)
-    assert counts == [801, 602, 403, 204, 5, 6, 7, 8, 9, 10]
 
 
 # --- arguments ----------------------------------------------------------------------------------------------
