@@ -24,7 +24,7 @@ from meshkit.runtime.mailboxes import Mailboxes, first_full
 from meshkit.runtime.message import Message
 from meshkit.runtime.service import Reject, Service
 from meshkit.runtime.stages import Continue
-from meshkit.runtime.supervisor import ENDS_THE_PROCESS, Supervisor, take_back_cancellations
+from meshkit.runtime.supervisor import ENDS_THE_PROCESS, Supervisor, uncancel
 from meshkit.runtime.wire import Failure, Reply, Why, encode_payload, refusal, rejection
 
 __all__ = ["Dispatcher"]
@@ -273,7 +273,7 @@ class Dispatcher:
         if delivery.handler.mailbox.closed:
             self._cut(delivery)
             raise error
-        take_back_cancellations()
+        uncancel()
         self.failures.give_up(delivery, RuntimeError("it cancelled its own task"), error)
 
     # --- the end

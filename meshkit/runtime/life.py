@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from meshkit import _time
+from meshkit.runtime.ending import Ending
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.router import Router
 from meshkit.runtime.service import Service, ServiceFailed
-from meshkit.runtime.supervisor import ENDS_THE_PROCESS, Supervisor, begin, take_back_cancellations, was_cancelled
+from meshkit.runtime.supervisor import ENDS_THE_PROCESS, Supervisor, begin, uncancel, was_cancelled, within
 from meshkit.runtime.transport import Alone, Transport
 from meshkit.runtime.wire import Beat
 
@@ -59,6 +60,7 @@ class Life:
             for of in graph.services
         }
         self._joined = False
+        self._ending = Ending()
         self._started: list[Service] = []
         node, observer, letters = runtime.node, runtime.observer, runtime.letters
         every = None if isinstance(transport, Alone) else runtime.heartbeat
@@ -87,9 +89,10 @@ class Life:
         """Whether it ended before it was open (who opened it was told so), or its loop was closed under it."""
         return self.ended and not (self._task.done() and self.is_open)
 
-    def owns(self, task: object) -> bool:
-        """Return whether `task` is one of this node."""
-        return task is self._task or any(task in supervisor for supervisor in self._supervisors.values())
+    def waits_for_this(self) -> bool:
+        """Return whether who waits here for its end would wait for itself, as when two nodes stop each other."""
+        task = asyncio.current_task()
+        return self._ending.waits_for_here() or any(task in of for of in self._supervisors.values())
 
     # --- from outside; each raises what `_live` raised
 
@@ -111,11 +114,12 @@ class Life:
     async def close(self) -> None:
         """Close it and wait until it has ended; to be cancelled here means: hurry."""
         self.ask_to_close()
-        try:
-            await self.wait()
-        except asyncio.CancelledError:
-            await self._hurry()
-            raise
+        with self._ending.awaited():
+            try:
+                await self.wait()
+            except asyncio.CancelledError:
+                await self._hurry()
+                raise
 
     async def wait(self) -> None:
         """Wait until it has ended."""
@@ -142,6 +146,7 @@ class Life:
     # --- from inside
 
     async def _live(self) -> None:
+        self._ending.enter()
         failed: BaseException | None = None
         try:
             self._init()
@@ -185,7 +190,7 @@ class Life:
 
     async def _start(self, service: Service) -> None:
         with self._blaming(service, "start()"):
-            await _within(service.start_timeout, service.start)
+            await within(service.start_timeout, service.start)
         self._started.append(service)
         self.router.dispatcher.mailboxes.open(service.name)
 
@@ -243,7 +248,7 @@ class Life:
         self.router.dispatcher.close()
         if self._joined:
             self.router.say_goodbye()
-            await self._step(_within(self.CLOSE_TIMEOUT, self._transport.close), "closing the transport")
+            await self._step(within(self.CLOSE_TIMEOUT, self._transport.close), "closing the transport")
         self.over = True
         self.router.heartbeat.stop()
         self.router.close()
@@ -258,7 +263,7 @@ class Life:
         self.router.dispatcher.close_mailboxes(service.name)
         await self._step(self._end_tasks(service), "ending its tasks", service)
         if service in self._started:
-            await self._step(_within(service.stop_timeout, service.stop), "stop()", service)
+            await self._step(within(service.stop_timeout, service.stop), "stop()", service)
         service.supervisor = None
 
     async def _end_tasks(self, service: Service) -> None:
@@ -290,11 +295,4 @@ class Life:
     def _cut_short(self) -> None:
         """Go on after a cancellation: it cut short what it hit, and there is no more grace."""
         self._grace_until = 0.0
-        take_back_cancellations()
-
-
-async def _within(timeout: float, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    with anyio.move_on_after(timeout) as scope:
-        await hook()
-    if scope.cancelled_caught:
-        raise TimeoutError(f"it took longer than {timeout:g} s")
+        uncancel()

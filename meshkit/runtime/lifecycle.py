@@ -77,7 +77,8 @@ class Lifecycle:
         accepted, then they are cancelled; services stop in reverse order; calls that still wait fail with `Closed`.
 
         Cancelled meanwhile, it hurries: what it is doing is cut short, and when everything has ended, the cancellation
-        is passed on. Called by a handler or background task of its own it does not wait: it would wait for itself.
+        is passed on. Where it would wait for itself it does not wait: called by a handler or task of its own, or by the
+        `stop` of a service on a node that this one is stopping.
 
         Raises:
             ServiceFailed: A background task had failed too often, or the `stop` of a service failed.
@@ -87,7 +88,7 @@ class Lifecycle:
             return
         if running_loop() is not life.loop:
             raise self._on_another_loop()
-        if life.owns(asyncio.current_task()):
+        if life.waits_for_this():
             life.ask_to_close()
         else:
             await self._told(life.close())

@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import anyio
+
 from meshkit import _time
 
-__all__ = ["ENDS_THE_PROCESS", "Restarts", "Supervisor", "begin", "take_back_cancellations", "was_cancelled"]
+__all__ = ["ENDS_THE_PROCESS", "Restarts", "Supervisor", "begin", "uncancel", "was_cancelled", "within"]
 
 ENDS_THE_PROCESS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 """What passes through everything. Any other error, also if it is no `Exception`, is a failure of who raised it."""
@@ -136,8 +138,16 @@ def was_cancelled() -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def take_back_cancellations() -> None:
+def uncancel() -> None:
     """Let the current task go on although it was cancelled, as if it had not been."""
     task = asyncio.current_task()
     while task is not None and task.uncancel():
         pass
+
+
+async def within(timeout: float, hook: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Run a hook; `TimeoutError` if it takes longer than `timeout` seconds."""
+    with anyio.move_on_after(timeout) as scope:
+        await hook()
+    if scope.cancelled_caught:
+        raise TimeoutError(f"it took longer than {timeout:g} s")

@@ -9,7 +9,8 @@ import anyio
 import pytest
 
 from meshkit.runtime import Drop, Message, Runtime, Service, ServiceFailed, Stage, handles, local
-from tests.runtime.nodes import SLEEP, Node, Stash
+from meshkit.testing import CancellationPoint
+from tests.runtime.nodes import SLEEP, Node, Stash, everywhere
 from tests.runtime.test_life import Noted, SlowTransport, nothing_is_left, now
 from tests.runtime.test_messages import balanced, settle
 
@@ -308,3 +309,55 @@ async def test_where_the_first_init_fails_it_is_told_although_the_others_have_no
         await Node("alice", Fails(), Noted("one", diary)).start()
     assert diary == []
     assert nothing_is_left()
+
+
+# --- nodes that stop each other
+
+
+class Stops(Service):
+    """Stops other nodes when it stops, or as soon as it has started."""
+
+    stop_timeout = 2.0
+
+    def __init__(self, *others: Runtime, aside: bool = False) -> None:
+        self.name = "stops"
+        self.others = list(others)
+        self.aside = aside
+
+    async def stop(self) -> None:
+        if self.aside:  # in tasks of their own
+            async with asyncio.TaskGroup() as group:
+                for other in self.others:
+                    group.create_task(other.stop())
+        for other in self.others:
+            await other.stop()
+
+
+@pytest.mark.parametrize("aside", [False, True])
+async def test_nodes_that_stop_each_other_all_stop_at_once_and_none_waits_for_itself(aside: bool) -> None:
+    services = [Stops(aside=aside) for _ in range(3)]
+    nodes = [Node(name, service) for name, service in zip("abc", services, strict=True)]
+    for number, service in enumerate(services):
+        service.others = [nodes[number - 1], nodes[number - 2], nodes[number]]
+    for node in nodes:
+        await node.start()
+    await nodes[0].stop()
+    for node in nodes:
+        await node.wait()
+    assert now() == 0
+    assert nothing_is_left()
+
+
+def test_a_stop_of_nodes_that_stop_each_other_may_be_cancelled_anywhere() -> None:
+    async def scenario(point: CancellationPoint) -> None:
+        services = [Stops(), Stops()]
+        nodes = [Node(name, service) for name, service in zip("ab", services, strict=True)]
+        for node, service in zip(nodes, reversed(services), strict=True):
+            service.others = [node]
+            await node.start()
+        await point.cancel(nodes[0].stop())
+        for node in nodes:
+            await node.stop()
+        assert nothing_is_left()
+
+    everywhere(scenario)
