@@ -135,8 +135,7 @@ class Cancel(_Travels, tag="c", frozen=True):
 class Beat(_Travels, tag="b", frozen=True):
     """A node is up. `every` is how many seconds pass until its next one.
 
-    One that `greets` says that this node has just started, or had given up the one that it is for: it does nothing of
-    what it was asked before. Who hears it shall say that it is up, too: with one that `answers`.
+    One that `greets` says: nothing that I was asked before is done any more. Who hears it sends one that `answers`.
     """
 
     name: _Name
