@@ -79,7 +79,7 @@ class Intake:
             Reply: self._on_answer,
             Failure: self._on_answer,
             Beat: heartbeat.heard,
-            Goodbye: lambda sender, _: self.lost(sender, "it said goodbye"),
+            Goodbye: self._on_goodbye,
         }
         for route in graph.routes.values():
             route.compile(node, dispatcher.repeated, self._now)
@@ -148,8 +148,8 @@ class Intake:
 
     def take(self, sender: str, wire: Wire) -> None:
         """Take what a node has sent, and is known to have sent."""
-        if self._heartbeat.silent:
-            self._heartbeat.silent.pop(sender, None)
+        if sender in self._heartbeat.silent:
+            self._heartbeat.heard_again(sender, wire)
         self._takes[type(wire)](sender, wire)
 
     def _on_answer(self, sender: str, answer: Reply | Failure) -> None:
@@ -257,12 +257,16 @@ class Intake:
 
     def found(self, node: str) -> None:
         """Tell a node that has just been connected that this one is up."""
-        self._heartbeat.tell(node)
+        self._heartbeat.found(node)
 
-    def lost(self, node: str, reason: str = "the connection is gone") -> None:
+    def lost(self, node: str) -> None:
         """Fail the calls that wait for a node that has gone, and give up the work that it waits for."""
-        self._heartbeat.forget(node, reason)
+        self._heartbeat.lost(node)
         self.give_up(node)
+
+    def _on_goodbye(self, sender: str, _: Goodbye) -> None:
+        self._heartbeat.forget(sender, "it said goodbye")
+        self.give_up(sender)
 
     def give_up(self, node: str) -> None:
         """Wait no more for a node, and work no more for it."""

@@ -1,7 +1,8 @@
 """Presence: which other nodes are up, and what they handle.
 
 Each node that has a heartbeat says so when it starts, every few seconds, when it begins to drain and when it leaves.
-One that has been silent for `PATIENCE` of its own intervals (three of its signs of life are missing, then) is gone.
+One that has been silent for `PATIENCE` of its own intervals (three of its signs of life are missing, then) is gone:
+what it waits for is given up. Should it be heard again, it is told so, since it may have noticed nothing.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from meshkit import _time
 from meshkit.events import Event, Observer, notify
 from meshkit.faults import buggify
 from meshkit.runtime.message import is_name
-from meshkit.runtime.wire import Beat
+from meshkit.runtime.wire import Beat, Wire
 
 __all__ = ["Heartbeat", "Peer", "PeerGone", "PeerUp", "Presence"]
 
@@ -53,6 +54,8 @@ class Presence:
     """The core: who was heard of, and until when that will do."""
 
     PATIENCE = 3.5
+    """Intervals of silence after which a node is gone. The last one counts from when that was looked at: a loop that
+    stood still has heard then what waited for it, and so have others that are on it."""
     LONGEST = 1e6
     """Seconds between two signs of life, at most: a node that claims another number is taken to have said this one."""
     MAX_PEERS = 10_000
@@ -61,11 +64,13 @@ class Presence:
     def __init__(self) -> None:
         self.peers: dict[str, Peer] = {}
         self.silent: dict[str, bool] = {}  # nodes that were up, and of which nothing has been heard for too long
+        self.lost: dict[str, bool] = {}  # nodes that the transport has lost, and not found again
         self._until: dict[str, float] = {}  # by node that is up
+        self._last: dict[str, float] = {}  # by node that is up: seconds that it has when those until then are over
         self._handling: dict[str, list[Peer]] = {}  # by kind that was looked for, until somebody comes, changes or goes
 
     def heard(self, node: str, beat: Beat, now: float) -> float:
-        """Take note of a sign of life; return until when it will do (infinity: there is no room for more nodes)."""
+        """Take note of a sign of life; return when to look whether another came (never, if there is no room)."""
         if node not in self.peers and len(self.peers) >= self.MAX_PEERS:
             return math.inf
         every = beat.every if 0 < beat.every < self.LONGEST else self.LONGEST
@@ -74,28 +79,42 @@ class Presence:
         if self.peers.get(node) != peer:
             self.peers[node] = peer
             self._handling.clear()
-        self._until[node] = now + self.PATIENCE * every
+        self._last[node] = every
+        self._until[node] = now + (self.PATIENCE - 1) * every
         return self._until[node]
 
     def forget(self, node: str) -> bool:
         """Take note that a node has gone; return whether it was up."""
         self.silent.pop(node, None)
         self._until.pop(node, None)
+        self._last.pop(node, None)
         self._handling.clear()
         return self.peers.pop(node, None) is not None
 
     def fallen_silent(self, now: float) -> list[str]:
         """Return the nodes that have been silent for too long, and forget them but for their silence."""
-        silent = [node for node, until in self._until.items() if until <= now]
+        overdue = [node for node, until in self._until.items() if until <= now]
+        silent = [node for node in overdue if node not in self._last]
         for node in silent:
             self.forget(node)
-            if len(self.silent) >= self.MAX_PEERS:
-                del self.silent[next(iter(self.silent))]
-            self.silent[node] = True
+            self._note(self.silent, node)
+        for node in overdue:
+            if node in self._last:
+                self._until[node] = now + self._last.pop(node)
         return silent
 
+    def lose(self, node: str) -> bool:
+        """Take note that the transport has lost a node; return whether it was up."""
+        self._note(self.lost, node)
+        return self.forget(node)
+
+    def _note(self, nodes: dict[str, bool], node: str) -> None:
+        if len(nodes) >= self.MAX_PEERS:
+            del nodes[next(iter(nodes))]
+        nodes[node] = True
+
     def wake_at(self) -> float:
-        """Return when the next node will have been silent for too long, if it stays so. Cost: O(nodes)."""
+        """Return when to look next whether nodes have been silent for too long. Cost: O(nodes)."""
         return min(self._until.values(), default=math.inf)
 
     def that_handle(self, kind: str) -> Sequence[Peer]:
@@ -155,10 +174,10 @@ class Heartbeat:
             beats = 2 if buggify("heartbeat: one is left out") else 1
             self._next_beat = self._loop.call_later(beats * self._beat.every, self._say_on_time)
 
-    def tell(self, node: str) -> None:
-        """Let one node hear that this one is up, if it is ready."""
+    def found(self, node: str) -> None:
+        """Let a node that can be reached now hear that this one is up, if it is ready."""
         if self._next_beat is not None:
-            self._say(node)
+            self._say(node, greets=self._presence.lost.pop(node, False))
 
     def _say(self, to: str | None, *, greets: bool = False, answers: bool = False) -> None:
         if self._beat is not None:
@@ -189,13 +208,23 @@ class Heartbeat:
 
     # --- what it hears
 
+    def heard_again(self, node: str, wire: Wire) -> None:
+        """Take note that a silent node has sent something.
+
+        It may not have noticed that it was given up (its loop stood still; or only one direction was cut), and would
+        wait for what will not come: a greeting tells it.
+        """
+        del self.silent[node]
+        if self._next_beat is not None and not (isinstance(wire, Beat) and wire.greets):  # else it waits for nothing
+            self._say(node, greets=True)
+
     def heard(self, node: str, beat: Beat) -> None:
         """Take note of a sign of life."""
         if self._stopped:
             return
         presence, now = self._presence, _time.now()
         if beat.greets and not beat.draining and node in presence.peers:
-            self.forget(node, "it has started again")  # and nobody had noticed that it was gone
+            self.forget(node, "it has started again, or had given this node up")  # and nobody had noticed
             self._gone(node)
         before = presence.peers.get(node)
         until = presence.heard(node, beat, now)
@@ -209,9 +238,15 @@ class Heartbeat:
         if peer is not None and peer != before:
             notify(self._observer, PeerUp(peer))
 
+    def lost(self, node: str) -> None:
+        """Take note that the transport has lost a node."""
+        self._is_gone(node, "the connection is gone", was_up=self._presence.lose(node))
+
     def forget(self, node: str, reason: str) -> None:
         """Take note that a node has gone."""
-        was_up = self._presence.forget(node)
+        self._is_gone(node, reason, was_up=self._presence.forget(node))
+
+    def _is_gone(self, node: str, reason: str, *, was_up: bool) -> None:
         self._knows(node)
         if was_up:
             notify(self._observer, PeerGone(node, reason))

@@ -58,7 +58,7 @@ class Runtime(Lifecycle):
         trust: The ids of the nodes whose messages are taken, or a function that is given an id; by default all.
         window: Seconds by which the clocks of two nodes may differ: a proved message that is older, or as far ahead, is
             refused.
-        heartbeat: Seconds between its signs of life; a node that is silent for three of its own is gone. None: it gives
+        heartbeat: Seconds between its signs of life; a node that is silent for 3.5 of its own is gone. None: it gives
             none, so that nobody notices when it falls silent, and who asks any node asks it only if no other is known.
         logger: Where its services log; by default a `Logger` of its own, which is closed when it stops, and opened
             when it starts again.

@@ -135,7 +135,7 @@ class Cancel(_Travels, tag="c", frozen=True):
 class Beat(_Travels, tag="b", frozen=True):
     """A node is up. `every` is how many seconds pass until its next one.
 
-    Who hears one that `greets` shall say that it is up, too: with one that `answers`.
+    One that `greets` says: nothing that I was asked before is done any more. Who hears it sends one that `answers`.
     """
 
     name: _Name

@@ -35,20 +35,25 @@ def beat(name: str = "bob", every: float = 1.0, **options: Any) -> Beat:
 @given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from("hfs"), st.floats(0.01, 20), st.floats(0, 30))))
 def test_who_is_up_is_who_was_heard_of_lately(steps: list[tuple[str, str, float, float]]) -> None:
     presence, model, silent, time = Presence(), dict[str, float](), set[str](), 0.0
+    last: dict[str, float] = {}  # what is granted when the first 2.5 intervals are over
     for node, step, every, later in steps:
         time += later
         if step == "h":
-            model[node] = time + 3.5 * every
+            model[node], last[node] = time + 2.5 * every, every
             silent.discard(node)
             assert presence.heard(node, beat(node, every), time) == model[node]
         elif step == "f":
             assert presence.forget(node) is (model.pop(node, None) is not None)
+            last.pop(node, None)
             silent.discard(node)
         else:
-            gone = {node for node, until in model.items() if until <= time}
+            overdue = {node for node, until in model.items() if until <= time}
+            gone = {node for node in overdue if node not in last}
             assert set(presence.fallen_silent(time)) == gone
+            model |= {node: time + last.pop(node) for node in overdue - gone}
             silent |= gone
             model = {node: until for node, until in model.items() if node not in gone}
+            last = {node: every for node, every in last.items() if node in model}
         assert presence.peers.keys() == model.keys()
         assert presence.silent.keys() == silent
         assert presence.wake_at() == min(model.values(), default=math.inf)
@@ -100,21 +105,37 @@ def test_to_look_for_those_who_handle_a_kind_looks_at_all_nodes_only_when_one_ha
 def test_whatever_a_node_claims_it_is_found_silent_some_day(every: float) -> None:
     presence = Presence()
     until = presence.heard("bob", beat(every=every), 5.0)
+    assert presence.fallen_silent(until) == []
+    until = presence.wake_at()
     assert until == 5 + Presence.PATIENCE * Presence.LONGEST
     assert presence.fallen_silent(math.nextafter(until, 0)) == []
     assert presence.fallen_silent(until) == ["bob"]
 
 
+def test_who_looks_late_looks_again_one_interval_later_and_then_knows() -> None:
+    presence = Presence()
+    for node, every in (("bob", 1.0), ("carol", 60.0)):
+        presence.heard(node, beat(node, every), 0.0)
+    assert presence.fallen_silent(3600.0) == [], "it stood still itself"
+    presence.heard("carol", beat("carol", 60.0), 3600.5)
+    assert presence.wake_at() == 3601
+    assert presence.fallen_silent(3601.0) == ["bob"]
+    assert [*presence.peers] == ["carol"]
+
+
 def test_no_more_nodes_are_heard_or_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Presence, "MAX_PEERS", 3)
     presence = Presence()
-    assert [presence.heard(node, beat(), 0.0) for node in "abcd"] == [3.5, 3.5, 3.5, math.inf]
-    assert presence.heard("a", beat(), 1.0) == 4.5, "who is known is heard"
+    assert [presence.heard(node, beat(), 0.0) for node in "abcd"] == [2.5, 2.5, 2.5, math.inf]
+    assert presence.heard("a", beat(), 1.0) == 3.5, "who is known is heard"
     assert [*presence.peers] == ["a", "b", "c"]
-    assert presence.fallen_silent(9.0) == ["a", "b", "c"]
+    assert [presence.fallen_silent(now) for now in (8.0, 9.0)] == [[], ["a", "b", "c"]]
     presence.heard("d", beat(), 9.0)
-    assert presence.fallen_silent(99.0) == ["d"]
+    assert [presence.fallen_silent(now) for now in (98.0, 99.0)] == [[], ["d"]]
     assert [*presence.silent] == ["b", "c", "d"]
+    for node in "stuv":
+        presence.lose(node)
+    assert [*presence.lost] == ["t", "u", "v"]
 
 
 # --- nodes
@@ -280,6 +301,109 @@ async def test_a_node_that_goes_without_goodbye_and_comes_again_was_lost_in_betw
         await asyncio.sleep(2)
         assert alice.peers["bob"].kinds == KINDS
         assert (await alice.call(STORE, Store("x"), to="bob")).size == 0
+
+
+# --- those who were given up, and have not noticed
+
+
+class OneWayHub(MemoryHub):
+    """Carries nothing from `lost` to anybody."""
+
+    lost = ""
+
+    def send(self, sender: str, to: str, frame: bytes) -> None:
+        if sender != self.lost:
+            super().send(sender, to, frame)
+
+
+async def test_a_node_that_was_given_up_and_has_not_noticed_is_told_so_as_soon_as_it_is_heard_again() -> None:
+    told = Told()
+    hub, stash, other = OneWayHub(), Stash(), Stash()
+    async with Node("alice", stash, hub=hub, observer=told) as alice, Node("bob", other, hub=hub) as bob:
+        await asyncio.sleep(1)
+        asked = asyncio.create_task(alice.call(SLEEP, 100.0, to="bob", timeout=200))
+        asking = asyncio.create_task(bob.call(SLEEP, 99.0, to="alice", timeout=200))
+        await settle()
+        hub.lost = "alice"
+        with pytest.raises(PeerLost):
+            await asking
+        await settle()
+        assert now() == pytest.approx(7.001)
+        assert other.cancelled == [100.0]
+        assert not asked.done(), "as far as alice knows, bob is up and at work"
+        assert stash.cancelled == []
+        hub.lost = ""
+        with pytest.raises(PeerLost):
+            await asked
+        assert now() == 8, "with her next sign of life"
+        await settle()
+        assert stash.cancelled == [99.0], "for which nobody waits"
+        assert [type(event) for event in told.news] == [PeerUp, PeerGone, PeerUp]
+        for one, to in ((alice, "bob"), (bob, "alice")):
+            assert (await one.call(STORE, Store("x"), to=to)).size == 0
+        assert balanced(alice)
+        assert balanced(bob)
+
+
+async def test_a_node_that_the_transport_lost_on_one_side_only_is_told_so_when_it_is_found_again() -> None:
+    async with mesh("alice", "bob") as (_, [alice, bob], [_, other]):
+        await settle()
+        asked = asyncio.create_task(alice.call(SLEEP, 100.0, to="bob", timeout=200))
+        await settle()
+        intake = cast("Any", bob)._life.router.intake
+        intake.lost("alice")
+        await settle()
+        assert other.cancelled == [100.0]
+        assert not asked.done()
+        intake.found("alice")
+        with pytest.raises(PeerLost):
+            await asked
+        again = asyncio.create_task(alice.call(SLEEP, 1.0, to="bob"))
+        await settle()
+        intake.found("alice")
+        assert await again == 1.0, "what was told once is not told again"
+
+
+async def test_nodes_that_gave_each_other_up_meet_again_without_another_farewell() -> None:
+    told = Told()
+    hub = MemoryHub()
+    async with Node("alice", Stash(), hub=hub, observer=told) as alice:
+        await asyncio.sleep(0.5)
+        async with Node("bob", Stash(), hub=hub, observer=told) as bob:
+            await settle()
+            hub.cut("alice", "bob")
+            await asyncio.sleep(20)
+            assert [type(event) for event in told.news] == [PeerUp, PeerUp, PeerGone, PeerGone]
+            hub.heal()
+            await asyncio.sleep(2)
+            assert [type(event) for event in told.news[4:]] == [PeerUp, PeerUp]
+            assert (await alice.call(STORE, Store("x"), to="bob")).size == 0
+            assert (await bob.call(STORE, Store("x"), to="alice")).size == 0
+
+
+@pytest.mark.parametrize("seconds", [3.2, 5.15, 5.5, 7.0, 3600.0])
+async def test_a_loop_that_stood_still_takes_nobody_for_silent(seconds: float) -> None:
+    told = Told()
+    async with mesh("alice", "bob", observer=told) as (_, [alice, bob], _):
+        await asyncio.sleep(1.9)
+        asked = asyncio.create_task(alice.call(SLEEP, 20.0, to="bob", timeout=5000))
+        await settle()
+        cast("Any", asyncio.get_running_loop())._now += seconds  # a callback that takes so long
+        assert await asked == 20
+        assert not [event for event in told.news if isinstance(event, PeerGone)]
+        assert [*alice.peers, *bob.peers] == ["bob", "alice"]
+
+
+async def test_a_loop_that_stood_still_knows_one_heartbeat_later_who_has_gone() -> None:
+    async with mesh("alice", "bob") as (hub, [alice, _], _):
+        await settle()
+        hub.silence("bob")
+        asked = asyncio.create_task(alice.call(SLEEP, 1.0, to="bob", timeout=5000))
+        await settle()
+        cast("Any", asyncio.get_running_loop())._now += 3600
+        with pytest.raises(PeerLost):
+            await asked
+        assert now() == pytest.approx(3602.002)
 
 
 # --- opting out
