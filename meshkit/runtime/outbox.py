@@ -55,6 +55,8 @@ class Outbox:
 
     MAX_BYTES = 256 * 1024
     """Bytes in a bundle; a message that is larger has one for itself."""
+    LEAST_FRAME = 32 * 1024
+    """Bytes into which fits all that has no payload, also an error with the longest detail."""
     LATE = 0.05
     """Seconds by which bundles leave late, where a simulation asks for it."""
 
@@ -64,10 +66,16 @@ class Outbox:
         prover: Prover | None,
         on_unsent: Callable[[str | None, Sequence[Wire], Exception], None],
     ) -> None:
+        if transport.max_frame < self.LEAST_FRAME:
+            raise ValueError(
+                f"a transport carries frames of {self.LEAST_FRAME} bytes at least, not {transport.max_frame}"
+            )
         self._transport = transport
         self._prover = prover
         self._on_unsent = on_unsent
-        self._max_bytes = self.MAX_BYTES if prover is None else min(self.MAX_BYTES, prover.max_bundle)
+        self.max_bundle = transport.max_frame - len(PLAIN) if prover is None else prover.max_bundle
+        """Bytes that a bundle may have at all."""
+        self._max_bytes = min(self.MAX_BYTES, self.max_bundle)
         self._bundles: dict[str | None, _Bundle] = {}
         self._due = False  # whether the loop is going to call `flush`
         self._late: asyncio.TimerHandle | None = None  # what calls it, in a simulation that lets bundles leave late

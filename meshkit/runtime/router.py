@@ -5,7 +5,6 @@ the answer. What comes from other nodes arrives at the intake.
 """
 
 import copy
-import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeVar
@@ -30,7 +29,7 @@ from meshkit.runtime.service import Service
 from meshkit.runtime.stages import Continue, Drop
 from meshkit.runtime.supervisor import Supervisor
 from meshkit.runtime.transport import Transport
-from meshkit.runtime.wire import MAX_KINDS, Ask, Beat, Failure, Goodbye, Reply, Tell, Wire, encode_payload
+from meshkit.runtime.wire import MAX_KINDS, Ask, Beat, Failure, Goodbye, Reply, Tell, Wire, encode, encode_payload
 
 __all__ = ["Router"]
 
@@ -75,7 +74,9 @@ class Router:
         self._name = name
         self._graph = graph
         self._transport = transport
-        self._max_payload = math.inf if prover is None else prover.max_bundle - _ENVELOPE
+        self._max_payload = self.outbox.max_bundle - _ENVELOPE
+        if beat is not None and len(encode(beat)) > self._max_payload:
+            raise ValueError(f"the names of the kinds that {node!r} handles do not fit into a frame of its transport")
         self._log = log
         self._new_id = new_ids().__next__
         self._wall = _time.wall_of(_time.running_loop())

@@ -263,7 +263,14 @@ class Runtime(Lifecycle):
             return None
         if self._transport.exposed and self._trust is None:
             raise ValueError(f"node {self.name!r} can be reached by strangers: say with trust= whom it trusts")
-        return Prover(self._identity, name=self.name, trust=self._trust, window=self._window, started=_time.wall())
+        return Prover(
+            self._identity,
+            name=self.name,
+            trust=self._trust,
+            window=self._window,
+            started=_time.wall(),
+            max_frame=self._transport.max_frame,
+        )
 
 
 def _check_node(to: object) -> None:

@@ -1,5 +1,6 @@
 """What a runtime needs of a transport, and what a transport needs of a runtime."""
 
+import sys
 from collections.abc import Collection
 from typing import Protocol
 
@@ -41,6 +42,11 @@ class Transport(Protocol):
         """Whether strangers may reach it, so that the runtime must be told whom to trust."""
         ...
 
+    @property
+    def max_frame(self) -> int:
+        """The largest frame that it carries, in bytes. A runtime hands over no larger one; it needs at least 32 KiB."""
+        ...
+
     async def start(self, node: str, receiver: Receiver, prover: Prover | None) -> None:
         """Join the mesh as `node`, and hand what arrives to `receiver`. If this raises, nothing is left behind.
 
@@ -77,6 +83,7 @@ class Alone:
 
     in_process = True
     exposed = False
+    max_frame = sys.maxsize
     peers: Collection[str] = ()
 
     async def start(self, node: str, receiver: Receiver, prover: Prover | None) -> None:

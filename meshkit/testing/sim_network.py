@@ -249,6 +249,7 @@ class SimTransport:
     """Connects one runtime to a `SimNetwork`. Ordered and lossless, but for the faults of the network."""
 
     exposed = False
+    max_frame = 1024 * 1024
 
     def __init__(self, network: SimNetwork, name: str | None = None) -> None:
         self._network = network

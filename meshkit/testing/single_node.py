@@ -24,6 +24,7 @@
 import asyncio
 import contextlib
 import enum
+import sys
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -242,6 +243,7 @@ class _Others:
 
     in_process = True
     exposed = False
+    max_frame = sys.maxsize
 
     def __init__(self, peers: Iterable[str]) -> None:
         if isinstance(peers, str):

@@ -12,6 +12,7 @@
 """
 
 import asyncio
+import sys
 from collections.abc import Collection
 
 from meshkit.errors import Closed, Unreachable
@@ -111,6 +112,8 @@ class MemoryTransport:
 
     in_process = True
     exposed = False
+    max_frame = sys.maxsize
+    """In bytes: there is no limit."""
 
     def __init__(self, hub: MemoryHub) -> None:
         if not isinstance(hub, MemoryHub):

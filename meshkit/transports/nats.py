@@ -93,6 +93,11 @@ class NatsTransport:
         return None if link is None else str(link.server)
 
     @property
+    def max_frame(self) -> int:
+        """The largest frame that it carries, in bytes: `limits.max_frame`."""
+        return self.limits.max_frame
+
+    @property
     def peers(self) -> Collection[str]:
         """The nodes that have proved to be there."""
         return () if self._mesh is None else self._mesh.company.peers.keys()

@@ -98,6 +98,11 @@ class TcpTransport:
         return None if self._mesh is None else self._mesh.address or None
 
     @property
+    def max_frame(self) -> int:
+        """The largest frame that it carries, in bytes: `limits.max_frame`."""
+        return self.limits.max_frame
+
+    @property
     def peers(self) -> Collection[str]:
         """The nodes to which there is a connection."""
         return () if self._mesh is None else self._mesh.links.keys()

@@ -114,9 +114,9 @@ class Node(Runtime):
 
     def __init__(self, name: str, *services: Service, hub: MemoryHub | None = None, **options: Any) -> None:
         self.output = io.StringIO()
-        transport = None if hub is None else MemoryTransport(hub)
+        options.setdefault("transport", None if hub is None else MemoryTransport(hub))
         options.setdefault("logger", Logger(node=name, output=self.output))
-        super().__init__(name, services, transport=transport, **options)
+        super().__init__(name, services, **options)
 
     @property
     def logged(self) -> str:

@@ -23,6 +23,7 @@ class Line:
 
     in_process = True
     exposed = False
+    max_frame = 10**9
     peers = ()
 
     def __init__(self, error: BaseException | None = None) -> None:

@@ -412,6 +412,7 @@ class Exposed:
     """A transport that strangers may reach, or that at least leaves the process."""
 
     in_process = False
+    max_frame = 1024 * 1024
     peers = ()
 
     def __init__(self, *, exposed: bool) -> None:
