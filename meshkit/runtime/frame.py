@@ -24,6 +24,7 @@ meshkit.errors.Replayed: The message was seen before.
 
 import functools
 import inspect
+import math
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -86,8 +87,9 @@ class Prover:
         trust: Whom it listens to. Node ids are copied. A predicate is asked for every frame and must return a bool; one
             that raises does not trust, and its error is the `__cause__` of the `UnknownSender`.
         window: By how many seconds the stamp of a frame may be off, either way.
-        started: When the node started, which remembers nothing of what it accepted before. A stamp may be 2 s older,
-            because clocks differ; what was accepted before a restart, and is stamped so, could be accepted once more.
+        started: When the node started, which remembers nothing of what it accepted before. In the first 4 s a stamp may
+            be up to 2 s older, because clocks differ: what was accepted before a restart, and is stamped so, could then
+            be accepted once more.
         max_frame: How many bytes a frame may have. `max_bundle`, what then remains for a bundle, is an attribute.
         max_remembered: How many accepted frames it can remember, each until its stamp is out of the window; 170 bytes.
             Beyond, what came first of the sender that has most is forgotten: what it stamped before that is stale.
@@ -107,6 +109,7 @@ class Prover:
         self.identity = identity
         self.name = name or identity.node_id
         self._started = round(started * MICRO)
+        self._settles: float = round((started + 2 * _SKEW) * MICRO)
         self._trust: Callable[[str], object] = _predicate(trust)
         self._max_frame = max_frame
         self.max_bundle = max_frame - _OVERHEAD
@@ -187,6 +190,8 @@ class Prover:
         if len(self._senders) > _MAX_PEERS:
             self._senders.popitem(last=False)
         time, seen, stale, forgotten = round(now * MICRO), self.seen, None, False
+        if time > self._settles:  # by now a clock that is behind has passed the start, too
+            seen.floor, self._settles = max(seen.floor, self._started), math.inf
         if seen.accepts(node_id, stamp, time):
             # Ids are public: only with its sender does one say which frame it is, or another could take it.
             if not seen.add(node_id, frame_id, stamp, time):

@@ -349,6 +349,16 @@ def test_a_frame_that_was_refused_as_too_late_is_never_accepted(alice: Prover, b
     assert bob.open(alice.sign(b"after", NOW + 1), NOW).stale is None
 
 
+def test_what_was_stamped_before_the_start_may_come_in_its_first_four_seconds_only(alice: Prover, bob: Prover) -> None:
+    before, late, after = (alice.seal(BOB.node_id, b"", START + stamped) for stamped in (-1, -0.5, 0))
+    assert bob.open(before, START + 4).stale is None
+    opened = bob.open(late, START + 4.000001)
+    assert opened.stale is not None
+    assert opened.forgotten, "the life before may have accepted it"
+    assert bob.open(after, START + 4.000001).stale is None
+    assert bob.open(late, START).stale is not None, "nor when the clock goes back"
+
+
 @pytest.mark.parametrize(("stamp", "accepted"), [(START - 2, True), (START - 2.000001, False), (START + 1, True)])
 def test_what_is_stamped_before_the_start_is_stale(alice: Prover, bob: Prover, stamp: float, accepted: bool) -> None:
     for frame in both(alice, now=stamp):
