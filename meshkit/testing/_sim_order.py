@@ -3,7 +3,7 @@
 import asyncio
 import weakref
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from meshkit.testing.sim_loop import SimLoop
@@ -56,6 +56,6 @@ _STEPS = {None, "task_wakeup"}
 def stepped(handle: Any) -> Any:
     """Return the task that takes a step when `handle` runs; None for any other callback."""
     callback = handle._callback
-    task: Any = getattr(callback, "__self__", None)
+    task: object = getattr(callback, "__self__", None)
     steps = isinstance(task, asyncio.Task) and getattr(callback, "__name__", None) in _STEPS
-    return task if steps else None
+    return cast("Any", task) if steps else None
