@@ -12,10 +12,10 @@ broadcast may overtake what was posted to one node, or be overtaken.
 
 import asyncio
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from meshkit import _time
-from meshkit.errors import Unreachable
+from meshkit.errors import Overloaded, Unreachable
 from meshkit.faults import buggify
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.transport import Transport
@@ -140,7 +140,9 @@ class Outbox:
         try:
             frame = self._frame(to, bundle.complete())
             if to is None:
-                self._transport.broadcast(frame)
+                missed = self._transport.broadcast(frame)
+                if missed:
+                    self._on_unsent(None, bundle.wires, _of_all(missed))
             else:
                 self._transport.send(to, frame)
         except Exception as error:  # noqa: BLE001 - what a transport raises is for those whose messages it had
@@ -156,3 +158,9 @@ class Outbox:
             return self._prover.sign(bundle, now) if to is None else self._prover.seal(to, bundle, now)
         except ValueError as error:
             raise Unreachable(node=to or "every node", reason=str(error)) from None
+
+
+def _of_all(missed: Mapping[str, Overloaded]) -> Overloaded:
+    """Return one error for all who miss a broadcast."""
+    first, *others = missed.values()
+    return Overloaded(name=f"{first.name}, and {len(others)} more", limit=first.limit) if others else first

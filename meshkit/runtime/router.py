@@ -20,7 +20,7 @@ from meshkit.runtime.failures import DeadLetters
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.graph import Graph
 from meshkit.runtime.intake import Intake, reason_of
-from meshkit.runtime.journal import Journal, RuntimeStats
+from meshkit.runtime.journal import Journal, RuntimeStats, shown
 from meshkit.runtime.mailboxes import first_full
 from meshkit.runtime.message import Message, check_id, new_ids
 from meshkit.runtime.outbox import Outbox
@@ -280,7 +280,7 @@ class Router:
                 self.calls.fail(wire.id, copy.copy(error))
             elif not isinstance(wire, Beat | Goodbye):
                 kind = wire.kind if isinstance(wire, Tell) else ""
-                self.journal.drop(kind, "transport", reason_of(error), wire.id, self._node)
+                self.journal.drop(kind, "transport", reason_of(error), wire.id, self._node, shown(error))
 
     def say_goodbye(self) -> None:
         """Say that this node is leaving, after everything else that it had to say."""

@@ -1,10 +1,10 @@
 """What a runtime needs of a transport, and what a transport needs of a runtime."""
 
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
-from meshkit.errors import Unreachable
+from meshkit.errors import Overloaded, Unreachable
 from meshkit.runtime.frame import Prover
 
 __all__ = ["Alone", "Receiver", "Transport"]
@@ -69,8 +69,12 @@ class Transport(Protocol):
         """
         ...
 
-    def broadcast(self, frame: bytes) -> None:
-        """Send `frame` to every other node; those whose buffer is full miss it."""
+    def broadcast(self, frame: bytes) -> Mapping[str, Overloaded] | None:
+        """Send `frame` to every other node; return those that miss it, if any, since what waits for them is full.
+
+        Raises:
+            Overloaded: What waits for all of them is full.
+        """
         ...
 
     async def close(self) -> None:

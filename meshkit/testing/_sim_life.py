@@ -3,10 +3,10 @@
 import asyncio
 import contextvars
 import random
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from meshkit.errors import Unreachable
+from meshkit.errors import Overloaded, Unreachable
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.runtime import Runtime
 from meshkit.runtime.transport import Receiver
@@ -90,9 +90,9 @@ class LifeTransport(SimTransport):
         self._require_its_computer(to)
         super().send(to, frame)
 
-    def broadcast(self, frame: bytes) -> None:
+    def broadcast(self, frame: bytes) -> Mapping[str, Overloaded]:
         self._require_its_computer("every node")
-        super().broadcast(frame)
+        return super().broadcast(frame)
 
     def _require_its_computer(self, to: str) -> None:
         if self._life.off:

@@ -15,10 +15,9 @@ that the frame goes over; unless a link was cut or is held, or a rule of the tes
 """
 
 import asyncio
-import contextlib
 import contextvars
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from itertools import permutations
 from typing import TypeAlias
 
@@ -68,8 +67,7 @@ class SimNetwork:
         self._wires: Wires | None = None
 
     def __repr__(self) -> str:
-        cut, held = sorted(self._cut), sorted(self._held)
-        return f"SimNetwork({self.link!r}, nodes={list(self.nodes)}, cut={cut}, held={held})"
+        return f"SimNetwork({self.link!r}, nodes={[*self.nodes]}, cut={sorted(self._cut)}, held={sorted(self._held)})"
 
     def transport(self, name: str | None = None) -> "SimTransport":
         """Return the transport of one more node. It will be called `name`, or by its id."""
@@ -248,12 +246,10 @@ class SimNetwork:
 class SimTransport:
     """Connects one runtime to a `SimNetwork`. Ordered and lossless, but for the faults of the network."""
 
-    exposed = False
-    max_frame = 1024 * 1024
+    exposed, max_frame = False, 1024 * 1024
 
     def __init__(self, network: SimNetwork, name: str | None = None) -> None:
-        self._network = network
-        self._name = name
+        self._network, self._name = network, name
         if name is not None:
             network.know(name)
         self._place: Place | None = None
@@ -281,12 +277,16 @@ class SimTransport:
         """Send `frame` to the node `to`."""
         self._network.send(self._joined(), to, frame)
 
-    def broadcast(self, frame: bytes) -> None:
-        """Send `frame` to every node that it is connected with; those to whom too much is on its way miss it."""
-        place = self._joined()
+    def broadcast(self, frame: bytes) -> Mapping[str, Overloaded]:
+        """Send `frame` to every node that it is connected with; return those to whom too much is on its way."""
+        place, missed = self._joined(), dict[str, Overloaded]()
         for peer in list(place.peers):
-            with contextlib.suppress(Overloaded, Unreachable):  # a rule may have let the sender crash meanwhile
+            try:
                 self._network.send(place, peer, frame)
+            except (Overloaded, Unreachable) as error:  # a rule may have let somebody crash meanwhile
+                if isinstance(error, Overloaded):
+                    missed[peer] = error
+        return missed
 
     async def close(self) -> None:
         """Leave the network; closing twice is harmless."""

@@ -140,7 +140,12 @@ class NatsTransport:
         self._running(frame).send(to, frame)
 
     def broadcast(self, frame: bytes) -> None:
-        """Send `frame` to every peer, unless the buffer is full. `ValueError` if it is larger than may be."""
+        """Send `frame` to every peer: to all of them or to none.
+
+        Raises:
+            Overloaded: The server does not read, and `max_buffer` is full.
+            ValueError: The frame is larger than `max_frame`.
+        """
         self._running(frame).broadcast(frame)
 
     async def close(self) -> None:

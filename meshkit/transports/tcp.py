@@ -24,9 +24,9 @@ address is enough to find everyone. What is sent is sealed by the runtime; TLS a
 """
 
 import ssl
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
-from meshkit.errors import Closed, Unreachable
+from meshkit.errors import Closed, Overloaded, Unreachable
 from meshkit.runtime.frame import Prover
 from meshkit.runtime.transport import Receiver
 from meshkit.transports._tcp.limits import TcpLimits as TcpLimits
@@ -145,9 +145,13 @@ class TcpTransport:
             raise Unreachable(node=to, reason=mesh.dialler.trouble(to))
         link.send(self._record(frame))
 
-    def broadcast(self, frame: bytes) -> None:
-        """Send `frame` to every peer; one whose buffer is full misses it. `ValueError` if it is larger than may be."""
-        self._running().send_to_all(self._record(frame))
+    def broadcast(self, frame: bytes) -> Mapping[str, Overloaded]:
+        """Send `frame` to every peer; return those that miss it, whose buffers are full.
+
+        Raises:
+            ValueError: The frame is larger than `max_frame`.
+        """
+        return self._running().send_to_all(self._record(frame))
 
     async def close(self) -> None:
         """Send what is buffered, within `close_timeout`, and end everything; closing twice is harmless.

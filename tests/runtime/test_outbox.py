@@ -436,3 +436,23 @@ async def test_an_id_is_a_short_text(bad: Any) -> None:
     async with mesh("alice", "bob") as (_, [alice, _], _):
         with pytest.raises(ValueError, match="id must be text of 1 to 128 characters, not "):
             await alice.call(STORE, Store("x"), "bob", id=bad)
+
+
+class Half(Line):
+    """A transport on which some nodes miss each broadcast."""
+
+    def broadcast(self, frame: bytes) -> dict[str, Overloaded]:  # type: ignore[override]  # Line's returns nothing
+        super().broadcast(frame)
+        return {node: Overloaded(name=f"connection to {node}", limit=7) for node in ("bob", "carol")}
+
+
+async def test_a_broadcast_that_some_nodes_miss_is_reported_once_with_who_misses_it() -> None:
+    unsent = Unsent()
+    box = outbox(line := Half(), unsent)
+    box.post(None, wire(1))
+    box.flush()
+    assert len(line.sent) == 1
+    [(to, wires, error)] = unsent
+    assert (to, wires) == (None, [wire(1)])
+    assert isinstance(error, Overloaded)
+    assert str(error) == "connection to bob, and 1 more: full, it holds 7 already"

@@ -88,16 +88,18 @@ class Radio:
         if to.node:
             to.receiver.received(sender, frame)
 
-    def broadcast(self, frame: bytes) -> None:
+    def broadcast(self, frame: bytes) -> dict[str, Overloaded] | None:
         if not self.node:
             raise Closed(name="radio")
         if len(frame) > self.max_frame:
             raise ValueError("too large")
+        missed = {}
         for node in self.peers:
             try:
                 self.send(node, frame)
-            except Overloaded:
-                continue
+            except Overloaded as error:
+                missed[node] = error
+        return missed
 
     async def close(self) -> None:
         node, self.node = self.node, ""
@@ -208,9 +210,10 @@ class SaysTheWrongSender(Radio):
 
 
 class HearsItself(Radio):
-    def broadcast(self, frame: bytes) -> None:
-        super().broadcast(frame)
+    def broadcast(self, frame: bytes) -> dict[str, Overloaded] | None:
+        missed = super().broadcast(frame)
         self.receiver.received(self.node, frame)
+        return missed
 
 
 class CutsShort(Radio):
@@ -359,6 +362,11 @@ class BlocksForEver(Radio):
             raise
 
 
+class SaysNotWhoMissesIt(Radio):
+    def broadcast(self, frame: bytes) -> None:
+        super().broadcast(frame)
+
+
 class BroadcastsToNobody(Radio):
     def broadcast(self, frame: bytes) -> None:
         pass
@@ -426,6 +434,11 @@ class BelievesNames(Radio):
         (HasNoLimits, "test_a_frame_that_is_too_large_is_refused_and_does_no_harm", "is a ValueError, not None"),
         (HasNoLimits, "test_what_cannot_be_carried_at_once_is_buffered_within_a_limit", "Overloaded, not None"),
         (BlocksForEver, "test_what_cannot_be_carried_at_once_is_buffered_within_a_limit", "a full buffer empties"),
+        (
+            SaysNotWhoMissesIt,
+            "test_what_cannot_be_carried_at_once_is_buffered_within_a_limit",
+            "returns the nodes that miss it",
+        ),
         (BroadcastsToNobody, "test_a_broadcast_arrives_at_every_other_node_once", "lossless: 1 of 1 frames"),
         (BroadcastsToNobody, "test_a_call_to_any_node_is_answered_by_those_that_handle_it_in_turn", "all hear"),
         (CallsFromAThread, "test_every_frame_arrives_once", "in the thread of its event loop only, but a frame"),

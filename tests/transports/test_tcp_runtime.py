@@ -238,3 +238,23 @@ async def test_a_node_whose_certificate_is_not_trusted_is_not_joined(
                 while not any("CERTIFICATE_VERIFY_FAILED" in line for line in caplog.messages):
                     await asyncio.sleep(0)
             assert not alice.transport.peers
+
+
+async def test_a_broadcast_that_a_full_buffer_keeps_from_a_node_is_counted_and_explained() -> None:
+    async with Tcp("alice") as alice, Tcp("bob", join=[alice.address]) as bob:
+        await alice.knows(bob)
+        await bob.knows(alice)
+        mesh = bob.transport._mesh
+        assert mesh is not None
+        slow = mesh.links[alice.node]._transport
+        assert slow is not None
+        slow.pause_reading()
+        ids = []
+        while not alice.stats().dropped:
+            ids.append(await alice.emit(TEASE, "x" * 200_000))
+            await asyncio.sleep(0)
+        slow.resume_reading()
+        assert alice.stats().dropped == {("social:tease", "transport", "overloaded"): 1}
+        [drop] = alice.drops
+        assert (drop.message_id, bob.node in drop.detail) == (ids[-1], True)
+        assert "dropped at transport: overloaded" in alice.explain(ids[-1])

@@ -133,7 +133,12 @@ class FramesTests(Conditions[T]):
             require(
                 isinstance(error, Overloaded), f"beyond what may wait, a frame is refused: Overloaded, not {error!r}"
             )
-            alice.broadcast(block)  # those whose buffer is full miss it
+            missed: object = None
+            try:
+                missed = alice.transport.broadcast(block)
+            except Overloaded:
+                missed = [bob.id]
+            require(missed, "a broadcast returns the nodes that miss it, or raises Overloaded where all do")
             if self.lossless:
                 await self._until(lambda: len(bob.heard) >= accepted, "lossless: what was accepted arrives")
             await self._nothing_comes()

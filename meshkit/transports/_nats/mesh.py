@@ -5,7 +5,6 @@ import functools
 import logging
 import ssl
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass
 
 import anyio
@@ -102,10 +101,9 @@ class Mesh:
         self._publish(b"%b.%b" % (target, self._node), frame, b"%b%b.%b" % (self._prefix, self._node, target))
 
     def broadcast(self, frame: bytes) -> None:
-        """Send a frame to every node, unless the buffer is full."""
+        """Send a frame to every node."""
         if self.company.peers:
-            with suppress(Overloaded):
-                self._publish(b"%b.%b" % (_ALL, self._node), frame)
+            self._publish(b"%b.%b" % (_ALL, self._node), frame)
 
     def _publish(self, subject: bytes, frame: bytes, reply: bytes = b"") -> None:
         link, limit = self.link, self._options.limits.max_buffer

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import math
 import ssl
-from contextlib import suppress
+from collections.abc import Mapping
 
 from meshkit import _time
 from meshkit._entropy import random_bytes
@@ -93,11 +93,15 @@ class Mesh:
         finally:
             await self._sockets.close()
 
-    def send_to_all(self, data: bytes) -> None:
-        """Send a record to every peer; one whose buffer is full misses it."""
-        for link in self.links.values():
-            with suppress(Overloaded):
+    def send_to_all(self, data: bytes) -> Mapping[str, Overloaded]:
+        """Send a record to every peer; return those that miss it, whose buffers are full."""
+        missed: dict[str, Overloaded] = {}
+        for peer, link in self.links.items():
+            try:
                 link.send(data)
+            except Overloaded as error:
+                missed[peer] = error
+        return missed
 
     # --- for its parts
 
