@@ -104,8 +104,9 @@ def calls(count: int) -> bool:
     """Make so many calls over a bad network, in each of two processes, whose hashes and memory are different."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         runs = [future.result() for future in [pool.submit(timed_calls, count) for _ in range(2)]]
-    for trace, rate in runs:
-        print(f"{count} calls, {count} effects: trace {trace} ({rate:,.0f} calls/s)")
+    for tally, rate in runs:
+        frames = f"{tally.lost} frames lost, {tally.doubled} doubled, {tally.late} out of order"
+        print(f"{tally.replies} calls, {tally.effects} effects; {frames}; trace {tally.trace} ({rate:,.0f} calls/s)")
     return runs[0][0] == runs[1][0]
 
 

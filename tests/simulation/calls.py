@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import Counter
+from typing import NamedTuple
 
 from meshkit import Message, OutcomeUnknown, Refused, Retrier, RetryPolicy, Runtime, Service, handles, request
 from meshkit.testing import Link, SimCluster, SimLoop, SimNode, Verdict, simulated
@@ -25,8 +26,19 @@ class Adder(Service):
         return msg.payload
 
 
-async def many_calls(sim: SimLoop, count: int) -> str:
-    """Make so many calls, check what came of them, and return the trace."""
+class Tally(NamedTuple):
+    """What came of many calls, and what became of their frames."""
+
+    replies: int
+    effects: int
+    lost: int
+    doubled: int
+    late: int
+    trace: str
+
+
+async def many_calls(sim: SimLoop, count: int) -> Tally:
+    """Make so many calls, and check what came of them."""
     added: Counter[int] = Counter()
 
     def make(node: SimNode) -> Runtime:
@@ -57,13 +69,15 @@ async def many_calls(sim: SimLoop, count: int) -> str:
 
         await alice.run(callers())
         assert replies == count == len(added) == added.total(), "each call has one effect, and none is lost"
-        faults = [cluster.network.verdicts[each] for each in (Verdict.LOSE, Verdict.DUPLICATE, Verdict.REORDER)]
-        assert min(faults) > count / 50, faults
-    return sim.trace
+        lost, doubled, late = (
+            cluster.network.verdicts[each] for each in (Verdict.LOSE, Verdict.DUPLICATE, Verdict.REORDER)
+        )
+        assert min(lost, doubled, late) > count / 50, (lost, doubled, late)
+    return Tally(replies, added.total(), lost, doubled, late, sim.trace)
 
 
-def timed_calls(count: int) -> tuple[str, float]:
-    """Make so many calls in a simulation of their own; return the trace, and how many there were in a second."""
+def timed_calls(count: int) -> tuple[Tally, float]:
+    """Make so many calls in a simulation of their own; return what came of them, and how many were made in a second."""
     begun = time.monotonic()
-    trace = simulated(1, lambda sim: many_calls(sim, count))
-    return trace, count / (time.monotonic() - begun)
+    tally = simulated(1, lambda sim: many_calls(sim, count))
+    return tally, count / (time.monotonic() - begun)

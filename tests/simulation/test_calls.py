@@ -8,7 +8,7 @@ from tests.simulation.calls import many_calls
 
 
 def test_many_calls_over_a_bad_network_each_take_effect_once_and_the_trace_is_the_same() -> None:
-    traces = [simulated(seed, lambda sim: many_calls(sim, 500)) for seed in (1, 1, 2)]
+    traces = [simulated(seed, lambda sim: many_calls(sim, 500)).trace for seed in (1, 1, 2)]
     assert traces[0] == traces[1] != traces[2]
 
 
