@@ -24,8 +24,8 @@ FORGOTTEN = 2.0 + 2 * SKEW + 1.0
 """Seconds: what was sent longer before a node started than that never runs there, though somebody sends it again."""
 RETRIES = 2
 """How often a handler that may be called again is called again."""
-MAILBOXES, CONCURRENT, PENDING = 20 + 5 + 2 + 2, 4 + 2 + 1, 100
-"""How much of a node may wait (two that rest keep their place), run, and wait for others."""
+MAILBOXES, CONCURRENT, PENDING = 20 + 5 + 2 + 2, 4 + 2 + 1, 3 * 50 + 50
+"""How much of a node may wait (two that rest keep their place), run, and wait for others: three floods, and clients."""
 CODES = {"tired", "nested"}
 """With which our handlers fail."""
 
